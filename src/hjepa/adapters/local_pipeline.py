@@ -1,0 +1,431 @@
+"""Run a compiled pipeline on this machine, step by step, from the YAML that a cluster would get.
+
+``run`` starts a child process (this module, as ``__main__``) in a session of its own. The child executes the YAML with
+``kfp.local``, each step in a process of its own, and prints what KFP and the steps say; the parent turns that into
+a live view and one log file per step, and owns the child's process group: whatever way the run ends, nothing of it is
+left running. If the parent itself is killed, a watchdog in the child ends the group.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from hjepa.adapters import lifeline, pipeline_spec
+from hjepa.adapters.pipeline_view import View, default_view, showing
+from hjepa.errors import FutileRetryError, HjepaError, PreemptedError, UserError
+
+ERROR_FILE = "HJEPA_ERROR_FILE"  # a step that fails writes {"step", "kind", "message", "exit_code"} there
+TIMINGS_FILE = "HJEPA_TIMINGS_FILE"  # a step appends {"step", "seconds"}: the time of its own work
+
+# The executor's whole input is one argument of a command, and Linux takes 128 KiB for one.
+_ARGUMENT_BYTES = 100_000
+_TAIL_LINES = 12
+_KINDS = (UserError, FutileRetryError, PreemptedError)
+
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_KFP_LINE = re.compile(r"^\d\d:\d\d:\d\d\.\d{3} - (?:INFO|WARNING|ERROR) - (.*)$")
+_STARTED = re.compile(r"^Executing task '(.+)'$")
+_ENDED = re.compile(r"^Task '(.+)' finished with status (SUCCESS|FAILURE)$")
+_STEP_INDENT = "    "  # kfp.local puts it in front of every line of a running step
+_EXECUTOR_LINE = re.compile(r"^\[KFP Executor [^\]]*\]: ")
+_EXECUTOR_CHATTER = ("Looking for component", "Loading KFP component", "Wrote executor output file")
+
+
+@dataclass
+class StepRun:
+    """One step of a local run. ``seconds`` is None until the step has ended."""
+
+    name: str
+    started: float  # time.monotonic()
+    log: Path
+    seconds: float | None = None  # wall time, process start included
+    own_seconds: float | None = None  # what the step says its work took
+    succeeded: bool = False
+    artifacts: dict[str, Path] = field(default_factory=dict)  # output name -> file
+
+
+@dataclass(frozen=True)
+class PipelineRun:
+    """A finished local run: its steps in order, and where the time went."""
+
+    steps: dict[str, StepRun]
+    wall_seconds: float
+
+    @property
+    def overhead_seconds(self) -> float:
+        """Wall time outside the steps' own work: starting processes, KFP, artifacts."""
+        own = [step.own_seconds if step.own_seconds is not None else step.seconds for step in self.steps.values()]
+        return self.wall_seconds - sum(seconds or 0.0 for seconds in own)
+
+    def artifact(self, step: str, output: str) -> Path:
+        return self.steps[step].artifacts[output]
+
+
+def run(
+    compiled_yaml: Path,
+    arguments: Mapping[str, Any],
+    *,
+    workdir: Path,
+    environment: Mapping[str, str] | None = None,
+    view: View | None = None,
+    grace_seconds: float = 30.0,
+) -> PipelineRun:
+    """Run a compiled pipeline and wait for its end.
+
+    Args:
+        compiled_yaml: The pipeline, as the compiler wrote it.
+        arguments: Parameter name -> value; checked against the pipeline before anything starts.
+        workdir: Gets ``artifacts/``, ``logs/<step>.log`` (of the latest run) and ``logs/kfp.log``.
+        environment: Added to this process's environment, for KFP and all steps.
+        view: Where progress is shown; a live table on a terminal, plain lines otherwise.
+        grace_seconds: How long an interrupted step may take to save its state before it is killed.
+
+    Raises:
+        UserError: bad arguments, or a step that says it was the user's mistake.
+        HjepaError: a step failed; the message is the step's own reason, and the exit code is the step's.
+        KeyboardInterrupt: after everything that was started has ended.
+    """
+    pipeline = pipeline_spec.load(compiled_yaml)
+    pipeline.check_arguments(arguments)
+    size = len(json.dumps(dict(arguments)).encode())
+    if size > _ARGUMENT_BYTES:
+        raise UserError(
+            f"the pipeline's arguments take {size:,} bytes, more than the {_ARGUMENT_BYTES:,} that fit a command line; "
+            "put a long configuration in a file or in S3 and pass its name"
+        )
+    begun = time.monotonic()
+    workdir = workdir.resolve()
+    files = _Files(workdir)
+    files.prepare()
+    request = {"yaml": pipeline.without_retries().to_yaml(), "arguments": dict(arguments), "root": str(files.artifacts)}
+    files.request.write_text(json.dumps(request), "utf-8")
+    # -P: the folder the user happens to stand in must not shadow an installed package.
+    command = [sys.executable, "-P", "-m", "hjepa.adapters.local_pipeline", str(files.request)]
+    view = view or default_view()
+    # KFP leaves a folder per step in the temporary folder, so the run gets its own.
+    with tempfile.TemporaryDirectory(prefix="hjepa-") as scratch, showing(view, pipeline.steps()):
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="backslashreplace",
+            env={**_child_environment(environment or {}, files), "TMPDIR": scratch},
+            start_new_session=True,  # a terminal's Ctrl-C reaches this process only, which then ends the steps in order
+        )
+        follower = _Follower(child, files, view)
+        with _ended_with_us(child, view, grace_seconds):
+            follower.start()
+            follower.join()
+            if follower.error is not None:
+                raise follower.error
+            exit_code = child.wait()
+    steps = follower.steps
+    _collect_timings(files.timings, steps)
+    if exit_code != 0:
+        raise _failure(exit_code, steps, files)
+    return PipelineRun(steps=steps, wall_seconds=time.monotonic() - begun)
+
+
+# -- the parent ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Files:
+    workdir: Path
+
+    @property
+    def artifacts(self) -> Path:
+        return self.workdir / "artifacts"
+
+    @property
+    def logs(self) -> Path:
+        return self.workdir / "logs"
+
+    @property
+    def request(self) -> Path:
+        return self.workdir / "request.json"
+
+    @property
+    def error(self) -> Path:
+        return self.workdir / "error.json"
+
+    @property
+    def timings(self) -> Path:
+        return self.workdir / "timings.jsonl"
+
+    def prepare(self) -> None:
+        self.artifacts.mkdir(parents=True, exist_ok=True)
+        self.logs.mkdir(exist_ok=True)
+        for old in (*self.logs.glob("*.log"), self.error, self.timings):
+            old.unlink(missing_ok=True)
+
+    def outputs_of(self, task: str) -> dict[str, Path]:
+        """The files a task made, by output name; KFP puts each run in a folder named by its time."""
+        folders = sorted(self.artifacts.glob(f"*/{task}"))
+        if not folders:
+            return {}
+        return {item.name: item for item in sorted(folders[-1].iterdir()) if item.name != "executor_output.json"}
+
+
+def _child_environment(extra: Mapping[str, str], files: _Files) -> dict[str, str]:
+    environment = {
+        **os.environ,
+        **extra,
+        ERROR_FILE: str(files.error),
+        TIMINGS_FILE: str(files.timings),
+        "PYTHONUNBUFFERED": "1",  # or a step's lines would arrive at its end
+        "PYTHONUTF8": "1",  # KFP decodes a step's lines with the locale's encoding
+        "PYTHONIOENCODING": "utf-8:backslashreplace",  # a file name that is no text must not end a training
+    }
+    lifeline.announce(environment)
+    return environment
+
+
+class _Follower(threading.Thread):
+    """Reads the child's output to its end: keeps the books, writes the logs, tells the view.
+
+    A thread of its own, so that a step's last words still arrive while the main thread is stopping it.
+    """
+
+    def __init__(self, child: subprocess.Popen[str], files: _Files, view: View):
+        super().__init__(name="pipeline-output", daemon=True)
+        assert child.stdout is not None
+        self.steps: dict[str, StepRun] = {}
+        self.error: Exception | None = None
+        self._output = child.stdout
+        self._files = files
+        self._view = view
+        self._current: StepRun | None = None
+        self._in_executor_input = False
+
+    def run(self) -> None:
+        try:
+            with (self._files.logs / "kfp.log").open("w", encoding="utf-8") as kfp_log:
+                for raw in self._output:
+                    line = raw.rstrip("\n")
+                    if self._current is not None and line.startswith(_STEP_INDENT):
+                        self._step_said(self._current, line.removeprefix(_STEP_INDENT))
+                        continue
+                    plain = _ANSI.sub("", line)
+                    kfp_log.write(plain + "\n")
+                    kfp_log.flush()
+                    if said := _KFP_LINE.match(plain):
+                        self._kfp_said(said[1])
+        except (OSError, ValueError) as error:  # a full disk, a view whose terminal is gone: raised by the main thread
+            self.error = error
+
+    def _step_said(self, step: StepRun, text: str) -> None:
+        with step.log.open("a", encoding="utf-8") as log:
+            log.write(text + "\n")
+        if (shown := self._for_people(text)).strip():
+            self._view.line(step.name, shown)
+
+    def _for_people(self, text: str) -> str:
+        """The line without KFP's framing; empty if KFP's executor only talks to itself."""
+        if self._in_executor_input:
+            self._in_executor_input = text != "}"
+            return ""
+        message = _EXECUTOR_LINE.sub("", text)
+        if message == text:
+            return text
+        self._in_executor_input = message.startswith("Got executor_input:")
+        return "" if self._in_executor_input or message.startswith(_EXECUTOR_CHATTER) else message
+
+    def _kfp_said(self, message: str) -> None:
+        if match := _STARTED.match(message):
+            step = StepRun(name=match[1], started=time.monotonic(), log=self._files.logs / f"{match[1]}.log")
+            self.steps[step.name] = self._current = step
+            self._view.started(step.name)
+        elif (match := _ENDED.match(message)) and match[1] in self.steps:
+            step = self.steps[match[1]]
+            step.seconds = time.monotonic() - step.started
+            step.succeeded = match[2] == "SUCCESS"
+            step.artifacts = self._files.outputs_of(step.name) if step.succeeded else {}
+            self._current = None
+            self._view.finished(step.name, succeeded=step.succeeded, seconds=step.seconds)
+
+
+@contextmanager
+def _ended_with_us(child: subprocess.Popen[str], view: View, grace_seconds: float) -> Iterator[None]:
+    """Leave nothing of the child's process group running, whichever way the block ends."""
+    try:
+        yield
+    except BaseException:
+        # Also KeyboardInterrupt. A second one while we wait skips the rest of the grace period.
+        try:
+            _stop_gently(child, view, grace_seconds)
+        finally:
+            _kill_group(child)
+        raise
+    _kill_group(child)  # what a step left in the background
+
+
+def _stop_gently(child: subprocess.Popen[str], view: View, grace_seconds: float) -> None:
+    """SIGTERM to the running step, and time to end.
+
+    Only the step's main process gets the signal: its loader processes and the pipe to its log stay, so that it can
+    save its state and say so.
+    """
+    step_processes = [process for process in _step_processes(child.pid) if _signal(process, signal.SIGTERM)]
+    if not step_processes:
+        return
+    view.notice(f"stopping; a running step gets {grace_seconds:g} s to save its state (Ctrl-C again: at once)")
+    _, alive = psutil.wait_procs(step_processes, timeout=grace_seconds)
+    if not alive:
+        # KFP passes the step's last lines on, then ends by itself; should it begin the next step, that is cut short.
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=1.0)
+
+
+def _step_processes(pid: int) -> list[psutil.Process]:
+    """The main process of each running step: KFP starts it through a shell, which would not pass a signal on."""
+    try:
+        children = psutil.Process(pid).children()
+    except psutil.NoSuchProcess:
+        return []
+    found: list[psutil.Process] = []
+    for process in children:
+        try:
+            is_shell = process.name() in {"sh", "dash", "bash"}
+            found += process.children() if is_shell else [process]
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def _signal(process: psutil.Process, number: signal.Signals) -> bool:
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        return False
+    return True
+
+
+def _group_members(group: int) -> list[psutil.Process]:
+    members = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                members.append(process)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return members
+
+
+def _kill_group(child: subprocess.Popen[str]) -> None:
+    members = _group_members(child.pid)
+    for process in members:
+        _signal(process, signal.SIGKILL)
+    child.wait()
+    psutil.wait_procs(members, timeout=5)
+
+
+def _collect_timings(path: Path, steps: Mapping[str, StepRun]) -> None:
+    if not path.exists():
+        return
+    for line in path.read_text("utf-8").splitlines():
+        record = json.loads(line)
+        step = steps.get(str(record["step"]).replace("_", "-"))
+        if step is not None:
+            step.own_seconds = float(record["seconds"])
+
+
+def _failure(exit_code: int, steps: Mapping[str, StepRun], files: _Files) -> HjepaError:
+    """The error to raise for a failed run, with the reason the step itself gave."""
+    failed = next((step for step in reversed(list(steps.values())) if not step.succeeded), None)
+    if failed is None:
+        tail = _tail(files.logs / "kfp.log")
+        return HjepaError(f"the pipeline failed outside its steps (exit code {exit_code})\n{tail}")
+    if files.error.exists():
+        record = json.loads(files.error.read_text("utf-8"))
+        kind = next((kind for kind in _KINDS if kind.exit_code == record["exit_code"]), HjepaError)
+        error = kind(f"{failed.name}: {record['message']}")
+        error.exit_code = int(record["exit_code"])
+        return error
+    tail = _tail(failed.log)
+    if exit_code < 0:
+        return HjepaError(f"{failed.name}: the pipeline was killed by signal {-exit_code}\n{tail}")
+    if tail.endswith("Killed"):
+        return HjepaError(
+            f"{failed.name}: the step was killed, most often for lack of memory; use a smaller batch or fewer loader "
+            f"processes, or free memory. Its last lines, of {failed.log}, were\n{tail}"
+        )
+    return HjepaError(f"{failed.name}: the step failed. Its last lines, of {failed.log}, were\n{tail}")
+
+
+def _tail(path: Path) -> str:
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    return "\n".join("  " + line for line in [line for line in lines if line.strip()][-_TAIL_LINES:])
+
+
+# -- the child -------------------------------------------------------------------------------------------------------
+
+
+class _Watchdog:
+    """Ends this process group once the process that started it is gone."""
+
+    def __init__(self) -> None:
+        self._fired = threading.Event()
+        self._thread = lifeline.watch_parent(self.end_group)
+
+    def end_group(self) -> None:
+        self._fired.set()
+        own = os.getpid()
+        others = [process for process in _group_members(os.getpgid(0)) if process.pid != own]
+        for process in _step_processes(own):
+            _signal(process, signal.SIGTERM)
+        psutil.wait_procs(others, timeout=lifeline.GRACE_SECONDS)
+        os.killpg(0, signal.SIGKILL)
+
+    def let_finish(self) -> None:
+        """If the group is being ended, wait for that instead of leaving a part of it behind."""
+        if self._fired.is_set() and self._thread is not None:
+            self._thread.join()
+
+
+def _execute(request_file: Path) -> None:
+    import warnings
+
+    # KFP expects "python" in an image's name, and says for each step what a laptop cannot give it.
+    warnings.filterwarnings("ignore", message="You may be attemping to run a task")
+    warnings.filterwarnings("ignore", message="Task '.*': settings .* have no effect")
+    from kfp import components, local
+
+    request = json.loads(request_file.read_text("utf-8"))
+    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=request["root"], raise_on_error=True)
+    components.load_component_from_text(request["yaml"])(**request["arguments"])
+
+
+def _main() -> None:
+    watchdog = _Watchdog()
+    try:
+        _execute(Path(sys.argv[1]))
+    except BrokenPipeError:  # nobody reads us any more: the parent is gone
+        watchdog.end_group()
+    except RuntimeError as error:
+        # A step failed. Its own words are in its log; this text adds only its name.
+        print(error, flush=True)
+        sys.exit(1)
+    finally:
+        watchdog.let_finish()
+
+
+if __name__ == "__main__":
+    _main()

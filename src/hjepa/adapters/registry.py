@@ -1,0 +1,498 @@
+"""The model registry: every export becomes a version, the best one of a data set becomes the champion.
+
+A version holds the export itself (safetensors and JSON), ``model.json`` with the sha256 of each file, and the code of
+``pyfunc.py`` by which ``mlflow.pyfunc.load_model`` opens it. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hjepa
+from hjepa.adapters.tracking import (
+    RUN_TAG,
+    Tracker,
+    http_patience,
+    log_metrics,
+    server_errors,
+    tracking_uri,
+)
+from hjepa.config import sha256_json
+from hjepa.errors import HjepaError, UserError
+from hjepa.export import WEIGHTS, file_sha256
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+CHAMPION = "champion"
+CHALLENGER = "challenger"
+
+_EXPORT = "artifacts/export"  # where an MLflow model directory holds the export
+_MANIFEST = "model.json"
+_MODEL_NAME = "encoder"
+_EXAMPLE_PIXELS = 32
+
+_EXPORT_TAG = "hjepa.export_digest"
+_DATASET_TAG = "hjepa.dataset_digest"
+_SPLIT_TAG = "hjepa.split"
+_METRIC_TAG = "hjepa.primary_metric"
+_VALUE_TAG = "hjepa.primary_value"
+_DECISION_TAG = "hjepa.decision"
+_REASON_TAG = "hjepa.reason"
+
+
+@dataclass(frozen=True)
+class Registration:
+    name: str
+    version: int
+    alias: str  # "champion" or "challenger": what this version became
+    reason: str
+    champion_version: int | None
+    url: str
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the gate compares, and what must be equal for the comparison to mean anything."""
+
+    metric: str
+    value: float
+    dataset_digest: str
+    split: str  # "train/test" sample counts of the evaluation
+
+    @classmethod
+    def of_evaluation(cls, evaluation: Mapping[str, Any], primary_metric: str) -> Score:
+        metrics = evaluation["metrics"]
+        if primary_metric not in metrics:
+            raise UserError(
+                f"evaluation.primary_metric is {primary_metric!r}, which the evaluation did not measure; "
+                f"choose one of {', '.join(sorted(metrics))}"
+            )
+        split = evaluation["split"]
+        return cls(
+            metric=primary_metric,
+            value=float(metrics[primary_metric]),
+            dataset_digest=str(split["dataset_digest"]),
+            split=f"{split['train']}/{split['test']}",
+        )
+
+    @classmethod
+    def of_version(cls, version: ModelVersion) -> Score | None:
+        """None for a version that something else registered."""
+        tags = version.tags
+        try:
+            return cls(tags[_METRIC_TAG], float(tags[_VALUE_TAG]), tags[_DATASET_TAG], tags[_SPLIT_TAG])
+        except (KeyError, ValueError):
+            return None
+
+    @property
+    def tags(self) -> dict[str, str]:
+        return {
+            _METRIC_TAG: self.metric,
+            _VALUE_TAG: repr(self.value),
+            _DATASET_TAG: self.dataset_digest,
+            _SPLIT_TAG: self.split,
+        }
+
+
+def decide(new: Score, champion: Score | None, *, champion_version: int | None, margin: float) -> tuple[str, str]:
+    """(alias, reason) for a new version, given the present champion (version None: there is none)."""
+    measured = f"{new.metric} {new.value:.4f}"
+    if math.isnan(new.value):
+        return CHALLENGER, f"{new.metric} is not a number"
+    if champion_version is None:
+        return CHAMPION, f"{measured}; the first version"
+    rival = f"version {champion_version}"
+    if champion is None:
+        return CHALLENGER, f"{measured}; {rival} is the champion and carries no hjepa scores to compare with"
+    if champion.metric != new.metric:
+        return (
+            CHALLENGER,
+            f"{measured}; the champion ({rival}) was chosen by {champion.metric}, which is not comparable",
+        )
+    if champion.dataset_digest != new.dataset_digest:
+        return CHALLENGER, (
+            f"{measured} on dataset {new.dataset_digest[:12]}; the champion ({rival}) was measured on dataset "
+            f"{champion.dataset_digest[:12]}, so the two are not comparable"
+        )
+    if champion.split != new.split:
+        return CHALLENGER, (
+            f"{measured} on {new.split} train/test images; the champion ({rival}) was measured on {champion.split}, "
+            "so the two are not comparable"
+        )
+    change = f"{new.value - champion.value:+.4f} against {champion.value:.4f} of {rival}"
+    if math.isnan(champion.value) or new.value > champion.value + margin:
+        return CHAMPION, f"{measured}: {change}, more than the margin of {margin:g}"
+    return CHALLENGER, f"{measured}: {change}, not more than the margin of {margin:g}"
+
+
+# -- registering -------------------------------------------------------------------------------------------------------
+
+
+def register(
+    tracker: Tracker,
+    *,
+    name: str,
+    export_dir: Path,
+    model: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+    margin: float,
+    primary_metric: str,
+) -> Registration:
+    """Makes the export a version of the registered model ``name``, and the champion if it deserves it.
+
+    Doing it again for the same run and export returns the version that is there, with what was decided about it.
+
+    Args:
+        export_dir: Holds every file that ``model["files"]`` lists.
+        model: The manifest model.json.
+        evaluation: evaluation.json.
+        margin: The primary metric must exceed the champion's by more than this.
+
+    Raises:
+        HjepaError: if a file of the export is missing or damaged.
+        TrackingError: if the server does not take it. Nothing is half registered: a version appears at the end.
+        UserError: if ``primary_metric`` was not measured, or the registered model cannot have this name.
+    """
+    if not name or re.search(r"[/:.%\"'@]", name):
+        raise UserError(f"tracking.registered_model must be a name without / : . % @ or quotes, got {name!r}")
+    score = Score.of_evaluation(evaluation, primary_metric)
+    verify_files(export_dir, model)
+    action = f"register the encoder as {name!r}"
+    with http_patience(timeout_seconds=120, retries=5), server_errors(tracker.uri, action):
+        client = tracker.client
+        run = client.get_run(tracker.run_id)
+        run_name = run.data.tags.get(RUN_TAG) or run.info.run_name or tracker.run_id
+        version = _version_of(client, name, tracker.run_id, str(model["digest"]))
+        if version is None:
+            _create_name(client, name)
+            model_id = _log_model(client, tracker, run_name=run_name, export_dir=export_dir, model=model)
+            step = int(model["checkpoint"]["images_seen"])
+            log_metrics(client, tracker.run_id, evaluation["metrics"], step, model_id=model_id)
+            version = client.create_model_version(
+                name,
+                source=f"models:/{model_id}",
+                run_id=tracker.run_id,
+                model_id=model_id,
+                tags={RUN_TAG: run_name, _EXPORT_TAG: str(model["digest"]), **score.tags},
+            )
+        number = int(version.version)
+        alias, reason = _decided(client, name, version, score, margin)
+        description = describe(run_name, model, evaluation, decision=f"{alias}: {reason}", name=name, version=number)
+        client.update_model_version(name, str(number), description=description)
+        present = _champion(client, name)
+    return Registration(
+        name=name,
+        version=number,
+        alias=alias,
+        reason=reason,
+        champion_version=int(present.version) if present else None,
+        url=f"{tracker.uri}/#/models/{name}/versions/{number}?workflowType=machine_learning",
+    )
+
+
+def _decided(client: MlflowClient, name: str, version: ModelVersion, score: Score, margin: float) -> tuple[str, str]:
+    """Settles alias and reason of a version. The decision is written last: a kill before that decides anew."""
+    number = str(version.version)
+    if _DECISION_TAG in version.tags:
+        return version.tags[_DECISION_TAG], version.tags[_REASON_TAG]
+    present = _champion(client, name)
+    if present is not None and str(present.version) == number:
+        alias, reason = CHAMPION, f"{score.metric} {score.value:.4f}; it is the champion already"
+    else:
+        alias, reason = decide(
+            score,
+            Score.of_version(present) if present else None,
+            champion_version=int(present.version) if present else None,
+            margin=margin,
+        )
+    client.set_registered_model_alias(name, alias, number)
+    client.set_model_version_tag(name, number, _REASON_TAG, reason)
+    client.set_model_version_tag(name, number, _DECISION_TAG, alias)
+    return alias, reason
+
+
+def _champion(client: MlflowClient, name: str) -> ModelVersion | None:
+    number = client.get_registered_model(name).aliases.get(CHAMPION)
+    return client.get_model_version(name, number) if number is not None else None
+
+
+def _version_of(client: MlflowClient, name: str, run_id: str, digest: str) -> ModelVersion | None:
+    for version in client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
+        if version.tags.get(_EXPORT_TAG) == digest:
+            return client.get_model_version(name, version.version)
+    return None
+
+
+def _create_name(client: MlflowClient, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name, description="Image encoders pretrained by hjepa.")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _log_model(
+    client: MlflowClient, tracker: Tracker, *, run_name: str, export_dir: Path, model: Mapping[str, Any]
+) -> str:
+    """Uploads the export as an MLflow model that loads itself; returns the id of the logged model."""
+    import mlflow.pyfunc
+    import numpy as np
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
+
+    pixels = min(_EXAMPLE_PIXELS, int(model["preprocessing"]["image_size"]))
+    channels = int(model["preprocessing"]["channels"])
+    colour = () if channels == 1 else (channels,)
+    ramp = np.add.outer(np.arange(pixels), np.arange(pixels)) * 255 // max(1, 2 * pixels - 2)
+    example = np.broadcast_to(ramp.reshape(1, pixels, pixels, *([1] * len(colour))), (1, pixels, pixels, *colour))
+    signature = ModelSignature(
+        inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, -1, -1, *colour), "images")]),
+        outputs=Schema([TensorSpec(np.dtype("float32"), (-1, -1))]),
+        params=ParamSchema([ParamSpec("level", "string", "all")]),
+    )
+    logged = client.create_logged_model(
+        tracker.experiment_id,
+        name=_MODEL_NAME,
+        source_run_id=tracker.run_id,
+        tags={RUN_TAG: run_name, _EXPORT_TAG: str(model["digest"])},
+        model_type="encoder",
+    )
+    with tempfile.TemporaryDirectory(prefix="hjepa-register-") as temporary:
+        staged = Path(temporary) / "export"
+        staged.mkdir()
+        for file in model["files"]:
+            shutil.copyfile(export_dir / file, staged / file)
+        (staged / _MANIFEST).write_text(json.dumps(model, indent=2, sort_keys=True) + "\n")
+        folder = Path(temporary) / "model"
+        mlflow.pyfunc.save_model(
+            folder,
+            python_model=str(Path(__file__).with_name("pyfunc.py")),
+            artifacts={"export": str(staged)},
+            signature=signature,
+            input_example=np.ascontiguousarray(example, dtype=np.uint8),
+            pip_requirements=_requirements(),
+            mlflow_model=Model(
+                artifact_path=logged.artifact_location,
+                model_uuid=logged.model_id,
+                model_id=logged.model_id,
+                run_id=tracker.run_id,
+            ),
+        )
+        client.log_model_artifacts(logged.model_id, str(folder))
+    client.finalize_logged_model(logged.model_id, "READY")
+    client.log_outputs(tracker.run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    return str(logged.model_id)
+
+
+def _requirements() -> list[str]:
+    """Spelt out, since MLflow would otherwise load the model in a child process to find them by import."""
+    pins = [
+        f"{package}=={installed_version(package).partition('+')[0]}" for package in ("torch", "numpy", "safetensors")
+    ]
+    return [f"hjepa=={hjepa.__version__}", *pins]
+
+
+def describe(
+    run_name: str,
+    model: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+    *,
+    decision: str,
+    name: str,
+    version: int,
+) -> str:
+    """What the version's page says, in Markdown."""
+    levels = "; ".join(
+        f"level {item['level']}: {item['grid']}x{item['grid']} cells, {item['embedding_dim']} numbers"
+        for item in model["levels"]
+    )
+    preprocessing, checkpoint = model["preprocessing"], model["checkpoint"]
+    split = evaluation["split"]
+    rows = [
+        "| encoder | level | k-NN top-1 | linear top-1 |",
+        "|---|---|---|---|",
+        *(
+            f"| {row['encoder']} | {row['level']} | {_cell(row['knn_top1'])} | {_cell(row['linear_top1'])} |"
+            for row in evaluation["table"]
+        ),
+    ]
+    return "\n".join(
+        [
+            f"**{decision}**",
+            "",
+            f"Encoder of run `{run_name}` after {int(checkpoint['images_seen']):,} images "
+            f"({preprocessing['image_size']} pixels, {preprocessing['channels']} channels). {levels}.",
+            "",
+            f"Measured on dataset `{str(split['dataset_digest'])[:12]}`, {split['train']:,} labelled and "
+            f"{split['test']:,} test images:",
+            "",
+            *rows,
+            "",
+            "```python",
+            f'encoder = hjepa.load_encoder("models:/{name}/{version}")',
+            "```",
+            f"Exported to `{model['uri']}`.",
+        ]
+    )
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+# -- fetching ----------------------------------------------------------------------------------------------------------
+
+
+def fetch_export(uri: str) -> Path:
+    """The folder of an export, verified against its manifest; remote ones are kept in the user's cache.
+
+    Args:
+        uri: ``models:/name@alias``, ``models:/name/version``, ``runs:/run_id/encoder`` (all of the MLflow server that
+            ``MLFLOW_TRACKING_URI`` names), ``s3://bucket/models/...``, or a folder.
+
+    Raises:
+        UserError: if there is no export at ``uri``.
+        HjepaError: if a file is missing or damaged, or the server does not answer.
+    """
+    if uri.startswith("s3://"):
+        return _into_cache(_s3_reader(uri))
+    if uri.startswith(("models:/", "runs:/")):
+        return _into_cache(_mlflow_reader(uri))
+    if re.match(r"[a-z][a-z0-9+.-]+:/", uri):
+        raise UserError(
+            f"cannot fetch {uri!r}: expected models:/name@alias, models:/name/1, runs:/..., s3://... or a folder"
+        )
+    folder = Path(uri).expanduser()
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(
+            f"no exported encoder in {folder}: expected a folder with {WEIGHTS}, as `hjepa export` makes it"
+        )
+    if (folder / _MANIFEST).is_file():
+        verify_files(folder, read_manifest(folder))
+    return folder
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """model.json of an export. Raises HjepaError if it is damaged."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text("utf-8"))
+    except ValueError as error:
+        raise HjepaError(f"{folder / _MANIFEST} is not valid JSON: {error}") from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise HjepaError(f"{folder / _MANIFEST} is not a model manifest: it has no list of files")
+    return manifest
+
+
+def verify_files(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises HjepaError unless every file that the manifest lists is there, whole and unchanged."""
+    for name, expected in _files(manifest):
+        path = folder / name
+        if not path.is_file():
+            raise HjepaError(f"{folder} is not complete: {name} is missing; export or fetch it again")
+        if path.stat().st_size != expected["bytes"] or file_sha256(path) != expected["sha256"]:
+            raise HjepaError(
+                f"{path} is damaged: expected {expected['bytes']} bytes with sha256 {expected['sha256']}; "
+                "export or fetch it again"
+            )
+
+
+def _files(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for name, expected in manifest["files"].items():
+        if name != Path(name).name:
+            raise HjepaError(f"a model manifest lists {name!r}, which is not a plain file name")
+        yield name, expected
+
+
+def _into_cache(read: Callable[[str, Path], None]) -> Path:
+    """``read(name, folder)`` fetches one file. The folder's name is the digest of its contents, so it never changes."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hjepa" / "models"
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as temporary:
+        folder = Path(temporary) / "export"
+        folder.mkdir()
+        read(_MANIFEST, folder)
+        manifest = read_manifest(folder)
+        kept = cache / sha256_json(manifest)
+        if kept.is_dir():
+            try:
+                verify_files(kept, manifest)
+            except HjepaError:
+                shutil.rmtree(kept)
+            else:
+                return kept
+        for name, _ in _files(manifest):
+            read(name, folder)
+        verify_files(folder, manifest)
+        try:
+            folder.rename(kept)
+        except OSError:
+            if not kept.is_dir():  # else another process was faster, with the same bytes
+                raise
+    return kept
+
+
+def _s3_reader(uri: str) -> Callable[[str, Path], None]:
+    from hjepa.adapters.s3 import ObjectNotFound, S3Store
+
+    store = S3Store(uri)
+
+    def read(name: str, folder: Path) -> None:
+        try:
+            store.download(name, folder / name)
+        except ObjectNotFound:
+            raise UserError(f"no exported encoder at {uri}: {name} is missing there") from None
+
+    return read
+
+
+def _mlflow_reader(uri: str) -> Callable[[str, Path], None]:
+    server = tracking_uri()
+    with http_patience(timeout_seconds=30, retries=3), server_errors(server, f"find {uri}"):
+        base = _artifacts_of(server, uri)
+
+    def read(name: str, folder: Path) -> None:
+        from mlflow.artifacts import download_artifacts
+
+        with http_patience(timeout_seconds=120, retries=3), server_errors(server, f"fetch {name} of {uri}"):
+            download_artifacts(artifact_uri=f"{base}/{_EXPORT}/{name}", dst_path=str(folder), tracking_uri=server)
+
+    return read
+
+
+def _artifacts_of(server: str, uri: str) -> str:
+    """The URI below which MLflow keeps the files of a model: an alias may move between two reads, this does not."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    client = MlflowClient(tracking_uri=server, registry_uri=server)
+    by_alias = re.fullmatch(r"models:/([^/@]+)@([^/@]+)", uri)
+    by_number = re.fullmatch(r"models:/([^/@]+)/(\d+)", uri)
+    try:
+        if by_alias:
+            version = client.get_model_version_by_alias(*by_alias.groups())
+        elif by_number:
+            version = client.get_model_version(*by_number.groups())
+        elif re.fullmatch(r"models:/m-\w+|runs:/\w+/.+", uri):
+            return uri
+        else:
+            raise UserError(f"cannot read {uri!r}: expected models:/name@alias, models:/name/1 or runs:/run_id/encoder")
+    except MlflowException as error:
+        if error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
+            raise UserError(f"MLflow at {server} has no {uri}: {error.message}") from error
+        raise
+    return f"models:/{version.model_id}" if version.model_id else str(version.source)

@@ -1,0 +1,472 @@
+"""The command line: one subcommand per step, and the whole pipeline with ``hjepa run``.
+
+Exit codes: 0 done; 2 your mistake; 13 a retry would fail again; 130 interrupted; 143 told to stop, resumable; 1
+anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from hjepa import __version__
+from hjepa.config import Config, load_config, packaged_configs, parse_yaml, read_source, sha256_json
+from hjepa.errors import HjepaError, UserError
+from hjepa.utils.logging import say
+
+DESCRIPTION = "Self-supervised image pretraining with a hierarchical JEPA, from raw images to a registered encoder."
+INTERRUPTED = 130
+TERMINATED = 143
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; an error the user can mend is a message, never a traceback."""
+    options = build_parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return int(options.command(options) or 0)
+    except HjepaError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except _TerminatedError:
+        print("terminated", file=sys.stderr, flush=True)
+        return TERMINATED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return INTERRUPTED
+
+
+class _TerminatedError(KeyboardInterrupt):
+    """SIGTERM, which ends things the way Ctrl-C does."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _TerminatedError
+
+
+# -- the parser ------------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hjepa", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"hjepa {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, function: Any, help: str, *, into: Any = commands) -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = into.add_parser(name, help=help, description=help)
+        command.set_defaults(command=function)
+        return command
+
+    command = add("run", run, "Run the whole pipeline on this machine, with its own S3 and MLflow servers.")
+    _add_config(command)
+    _add_home(command)
+    command.add_argument("--keep-stack", action="store_true", help="leave the S3 and MLflow servers up at the end")
+    command.add_argument("--fresh", action="store_true", help="start a new run even if this one is finished")
+
+    for name, (function, help) in {
+        "resolve-config": (resolve_config, "Validate a configuration, check what it needs, and create its MLflow run."),
+        "prepare-data": (prepare_data, "Turn images into verified shards in S3."),
+        "train": (train, "Train, or go on from the newest checkpoint."),
+        "export": (export, "Export the chosen checkpoint to S3."),
+        "evaluate": (evaluate, "Probe the exported encoder beside its baselines."),
+        "register": (register, "Register the model and decide on the champion."),
+    }.items():
+        command = add(name, function, help)
+        _add_config(command)
+        _add_home(command)
+        if name == "train":
+            command.add_argument("--resume", default="auto", help="a checkpoint's path, or auto (the default)")
+            command.add_argument("--device", help="cpu, cuda, cuda:1; the default is training.device")
+
+    command = add("doctor", doctor, "Check S3, MLflow, disk, devices and the data source, without starting anything.")
+    _add_config(command)
+    _add_home(command)
+
+    command = add("config", show_config, "Validate a configuration and print it in full.")
+    _add_config(command)
+
+    stack = commands.add_parser("stack", help="The S3 and MLflow servers on this machine.")
+    actions = stack.add_subparsers(title="actions", metavar="ACTION", required=True)
+    for name, function, help in (
+        ("up", stack_up, "Start the servers and leave them up."),
+        ("status", stack_status, "Show whether they run and where."),
+        ("down", stack_down, "Stop the servers; their data stays."),
+    ):
+        _add_home(add(name, function, help, into=actions))
+
+    pipeline = commands.add_parser("pipeline", help="The pipeline on a Kubeflow Pipelines server.")
+    actions = pipeline.add_subparsers(title="actions", metavar="ACTION", required=True)
+    command = add("compile", pipeline_compile, "Compile pipelines/pretrain.py (in a checkout).", into=actions)
+    command.add_argument("--output", type=Path, help="the YAML to write; the default is the committed one")
+    command = add("upload", pipeline_upload, "Upload the compiled pipeline, or a new version of it.", into=actions)
+    _add_server(command)
+    command = add("run", pipeline_run, "Upload where needed, start a run and follow it to its end.", into=actions)
+    _add_server(command)
+    command.add_argument("--experiment", default="hjepa", help="KFP experiment (default: %(default)s)")
+    command.add_argument("--no-follow", action="store_true", help="return once the run has started")
+    command.add_argument(
+        "parameters", nargs="*", metavar="NAME=VALUE", help="pipeline parameters, such as config=default gpus=4"
+    )
+
+    command = add("sync", sync, "Send the metrics of a journal that did not reach MLflow.")
+    command.add_argument("journal", type=Path)
+    command.add_argument("--run-id", required=True, help="MLflow run id")
+    command.add_argument("--uri", help="MLflow server; the default is MLFLOW_TRACKING_URI")
+    return parser
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--config", default="default", help=f"a file, or one of: {', '.join(packaged_configs())} (default: %(default)s)"
+    )
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, such as training.lr=3e-4; repeatable"
+    )
+    command.add_argument("--run", dest="run_name", metavar="NAME", help="name of the run; a used name goes on with it")
+
+
+def _add_home(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--home",
+        type=Path,
+        default=Path(os.environ.get("HJEPA_HOME", ".hjepa")),
+        help="folder of the servers' data and the runs' files (default: $HJEPA_HOME or .hjepa)",
+    )
+
+
+def _add_server(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--endpoint", help="KFP server; the default is KF_PIPELINES_ENDPOINT")
+    command.add_argument("--namespace", help="KFP namespace, where the server serves many users")
+    command.add_argument("--registry", help="HOST/NAMESPACE of the container images")
+    command.add_argument("--pipeline-version", help="name of the version; the default is the digest of the YAML")
+
+
+# -- the whole pipeline ----------------------------------------------------------------------------------------------
+
+
+def run(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from hjepa.adapters import local_pipeline
+    from hjepa.adapters.stack import Stack
+    from hjepa.summary import show
+
+    config = load_config(options.config, options.set)
+    home: Path = options.home.expanduser().resolve()
+    name = run_name(options, config)
+    with _only_user(home):
+        if options.fresh:
+            name = _unused(home / "runs", name)
+        stack = Stack(home)
+        keep = home / "keep-stack"
+        if options.keep_stack:
+            home.mkdir(parents=True, exist_ok=True)
+            keep.touch()
+        try:
+            stack.up(report=say)
+            environment = {**stack.environment(), "HJEPA_HOME": str(home)}
+            say(f"run {name}")
+            finished = local_pipeline.run(
+                compiled_pipeline(),
+                {"config": read_source(options.config)[1], "overrides": options.set, "run": name},
+                workdir=home / "runs" / name,
+                environment=environment,
+            )
+            show(_summary(finished, options, stack_stays=keep.exists()), Console())
+        finally:
+            if not keep.exists():
+                stack.down()
+    return 0
+
+
+def run_name(options: argparse.Namespace, config: Config) -> str:
+    """The name given, or one that the same configuration and the same code always get."""
+    if options.run_name:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,62}", options.run_name):
+            raise UserError(
+                f"--run {options.run_name}: expected lower-case letters, digits, '.', '_' and '-', at most 63 of them"
+            )
+        return str(options.run_name)
+    from hjepa.steps import code_version
+
+    stem = re.sub(r"[^a-z0-9]+", "-", Path(options.config).stem.lower()).strip("-") or "run"
+    return f"{stem[:40]}-{sha256_json([config.digest, code_version()])[:8]}"
+
+
+def _unused(runs: Path, name: str) -> str:
+    number = 2
+    while (runs / f"{name}-{number}").exists():
+        number += 1
+    return f"{name}-{number}" if (runs / name).exists() else name
+
+
+@contextlib.contextmanager
+def _only_user(home: Path) -> Iterator[None]:
+    """Keep a second run from stopping the servers under the first."""
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "run.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise UserError(
+                f"another run (process {lock.read().strip() or 'unknown'}) uses {home}: wait for it, or pass another --home"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def compiled_pipeline() -> Path:
+    """The compiled pipeline, from the installed package or the checkout."""
+    package = Path(__file__).resolve().parent
+    for path in (package / "pipelines" / "pretrain.yaml", package.parents[1] / "pipelines/compiled/pretrain.yaml"):
+        if path.exists():
+            return path
+    raise HjepaError("the compiled pipeline is missing from this installation; install hjepa again")
+
+
+def _summary(finished: Any, options: argparse.Namespace, *, stack_stays: bool) -> Any:
+    from hjepa.summary import Summary
+
+    def read(step: str, output: str) -> Any:
+        return json.loads(finished.artifact(step, output).read_text("utf-8"))
+
+    registration = read("register-model", "registration")
+    model_uri = f"models:/{registration['name']}@{registration['alias']}"
+    again = f"hjepa run --config {options.config} --set model.num_levels=1"
+    look = f"open {registration['mlflow_run_url']}" if stack_stays else "hjepa stack up"
+    return Summary(
+        dataset=read("prepare-data", "dataset"),
+        checkpoint=read("train", "checkpoint"),
+        model=read("export-checkpoint", "model"),
+        evaluation=read("evaluate", "evaluation"),
+        registration=registration,
+        step_seconds={name: step.seconds or 0.0 for name, step in finished.steps.items()},
+        overhead_seconds=finished.overhead_seconds,
+        commands=[
+            ("change one setting and compare", again),
+            ("look at the curves in MLflow", look),
+            ("use the encoder", f"python -c \"import hjepa; print(hjepa.load_encoder('{model_uri}'))\""),
+        ],
+    )
+
+
+# -- one step by hand ------------------------------------------------------------------------------------------------
+
+
+def _by_hand(options: argparse.Namespace) -> Mapping[str, str]:
+    """Point S3 and MLflow clients at this home's servers if they run, and name the files between steps."""
+    from hjepa.adapters.stack import Stack
+
+    stack = Stack(options.home)
+    if stack.status().healthy and "AWS_ENDPOINT_URL" not in os.environ:
+        os.environ.update(stack.environment())
+    config = load_config(options.config, options.set)
+    folder = options.home / "runs" / run_name(options, config)
+    names = ("resolved", "dataset", "checkpoint", "model", "evaluation", "registration")
+    return {name: str(folder / f"{name}.json") for name in names}
+
+
+def resolve_config(options: argparse.Namespace) -> None:
+    from hjepa import steps
+
+    files = _by_hand(options)
+    steps.resolve_config(
+        config=read_source(options.config)[1],
+        overrides=options.set,
+        settings={},
+        run=Path(files["resolved"]).parent.name,
+        resolved_path=files["resolved"],
+    )
+
+
+def _resolved(options: argparse.Namespace) -> Mapping[str, str]:
+    files = _by_hand(options)
+    if not Path(files["resolved"]).exists():
+        resolve_config(options)
+    return files
+
+
+def prepare_data(options: argparse.Namespace) -> None:
+    from hjepa import steps
+
+    files = _resolved(options)
+    steps.prepare_data(resolved_path=files["resolved"], dataset_path=files["dataset"])
+
+
+def train(options: argparse.Namespace) -> None:
+    from hjepa import steps
+
+    if options.device:
+        options.set.append(f"training.device={options.device}")
+    files = _resolved(options)
+    steps.train(
+        resolved_path=files["resolved"],
+        dataset_path=files["dataset"],
+        checkpoint_path=files["checkpoint"],
+        resume=options.resume,
+    )
+
+
+def export(options: argparse.Namespace) -> None:
+    from hjepa import steps
+
+    files = _resolved(options)
+    steps.export_checkpoint(
+        resolved_path=files["resolved"],
+        dataset_path=files["dataset"],
+        checkpoint_path=files["checkpoint"],
+        model_path=files["model"],
+    )
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    from hjepa import steps
+
+    files = _resolved(options)
+    metrics = steps.evaluate(
+        resolved_path=files["resolved"],
+        dataset_path=files["dataset"],
+        model_path=files["model"],
+        evaluation_path=files["evaluation"],
+    )
+    for name, value in sorted(metrics.items()):
+        say(f"{name} {value:.4f}")
+
+
+def register(options: argparse.Namespace) -> None:
+    from hjepa import steps
+
+    files = _resolved(options)
+    steps.register_model(
+        resolved_path=files["resolved"],
+        model_path=files["model"],
+        evaluation_path=files["evaluation"],
+        registration_path=files["registration"],
+    )
+
+
+# -- the rest --------------------------------------------------------------------------------------------------------
+
+
+def doctor(options: argparse.Namespace) -> int:
+    from hjepa.adapters import preflight
+
+    _by_hand(options)
+    findings = preflight.check(load_config(options.config, options.set))
+    for finding in findings:
+        say(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.name}: {finding.detail}")
+        if not finding.ok:
+            say(f"      {finding.remedy}")
+    return 0 if all(finding.ok for finding in findings) else UserError.exit_code
+
+
+def show_config(options: argparse.Namespace) -> None:
+    from hjepa.config import dump_yaml
+
+    print(dump_yaml(load_config(options.config, options.set)), end="")
+
+
+def stack_up(options: argparse.Namespace) -> None:
+    from hjepa.adapters.stack import Stack
+
+    info = Stack(options.home).up(report=say)
+    (info.home / "keep-stack").touch()
+    say(f"MLflow: {info.mlflow_uri}/?workflowType=machine_learning#/experiments")
+    say(f"S3: {info.s3_endpoint}, bucket {info.bucket}, keys in {info.home / 'stack.json'}")
+
+
+def stack_status(options: argparse.Namespace) -> int:
+    from hjepa.adapters.stack import Stack
+
+    status = Stack(options.home).status()
+    for server in (status.s3, status.mlflow):
+        state = "healthy" if server.healthy else "running, not answering" if server.running else "stopped"
+        where = f" at {server.url} (process {server.pid})" if server.running else ""
+        say(f"{server.name}: {state}{where}")
+    return 0 if status.healthy else 1
+
+
+def stack_down(options: argparse.Namespace) -> None:
+    from hjepa.adapters.stack import Stack
+
+    (options.home / "keep-stack").unlink(missing_ok=True)
+    Stack(options.home).down()
+    say("S3 and MLflow are stopped; their data stays")
+
+
+def pipeline_compile(options: argparse.Namespace) -> None:
+    import subprocess
+
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "pipelines" / "pretrain.py").exists():
+        raise UserError(
+            "hjepa pipeline compile needs a checkout of the repository; "
+            "the installed package brings the compiled pipeline along"
+        )
+    output = [str(options.output.resolve())] if options.output else []
+    done = subprocess.run([sys.executable, "-m", "pipelines.pretrain", *output], cwd=root, check=False)
+    if done.returncode:
+        raise HjepaError(f"the pipeline did not compile (exit code {done.returncode})")
+    say(output[0] if output else str(root / "pipelines/compiled/pretrain.yaml"))
+
+
+def pipeline_upload(options: argparse.Namespace) -> None:
+    from hjepa.adapters import kfp_server
+
+    server = kfp_server.Server.from_environment(options.endpoint, namespace=options.namespace)
+    kfp_server.upload(
+        server, compiled_pipeline(), version=options.pipeline_version, registry=options.registry, report=say
+    )
+
+
+def pipeline_run(options: argparse.Namespace) -> None:
+    from hjepa.adapters import kfp_server, pipeline_spec
+
+    types = {name: item["parameterType"] for name, item in pipeline_spec.load(compiled_pipeline()).parameters.items()}
+    arguments: dict[str, Any] = {}
+    for text in options.parameters:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"{text!r}: expected NAME=VALUE; the pipeline takes {', '.join(types)}")
+        arguments[name] = value if types.get(name) == "STRING" else parse_yaml(value)
+    if "config" in arguments:
+        # A file on this machine is not there in the cluster; a mistake in it is found here.
+        load_config(arguments["config"], arguments.get("overrides", []))
+        if arguments["config"] not in packaged_configs():
+            arguments["config"] = read_source(arguments["config"])[1]
+    server = kfp_server.Server.from_environment(options.endpoint, namespace=options.namespace)
+    submitted = kfp_server.run(
+        server,
+        compiled_pipeline(),
+        arguments,
+        experiment=options.experiment,
+        version=options.pipeline_version,
+        registry=options.registry,
+        report=say,
+    )
+    if not options.no_follow:
+        kfp_server.follow(server, submitted.run_id, report=say)
+
+
+def sync(options: argparse.Namespace) -> None:
+    from hjepa.adapters.tracking import replay, tracking_uri
+
+    sent = replay(options.journal, tracking_uri(options.uri), options.run_id)
+    say(f"{sent} metric values are in MLflow now")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

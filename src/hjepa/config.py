@@ -1,0 +1,567 @@
+"""One strict, frozen configuration tree, resolved once per run.
+
+A configuration is YAML over the defaults below; ``configs/default.yaml`` spells every default out. Overrides are
+dotted strings (``training.lr=3e-4``). Every mistake in a file is reported in one go. This module imports no torch, so
+a laptop validates a run in half a second.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hjepa.errors import UserError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Range = tuple[Positive, Positive]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DataConfig(Section):
+    name: str = "image-folder"  # a row of hjepa.data.datasets.DATASETS, or a torchvision dataset class
+    root: str | None = None  # where the images are: a folder; null lets the data set fetch itself
+    image_size: Count = 224  # pixels, square, after cropping
+    channels: Literal[1, 3] = 3
+    crop_scale: Range = (0.3, 1.0)  # area share of the random crop; (1, 1) turns cropping off
+    horizontal_flip: bool = False
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1  # held out where the source has no test split
+    num_workers: Annotated[int, Field(ge=0)] = 8  # loader processes per rank; 0 decodes in the training process
+    shard_mb: Count = 128
+    quarantine_limit: Fraction = 0.05  # share of unreadable files above which prepare_data fails
+    max_pixels: Count = 100_000_000  # larger images are quarantined as decompression bombs
+    cache_dir: str = "~/.cache/hjepa"
+
+
+class EMAConfig(Section):
+    momentum: Fraction = 0.996
+    momentum_end: Fraction = 1.0
+    momentum_warmup_epochs: NonNegative = 0.0  # epochs during which the momentum stays at its start value
+
+
+class PredictorConfig(Section):
+    embed_dim: Count = 384
+    depth: Count = 6
+    num_heads: Count = 6
+
+
+class ModelConfig(Section):
+    patch_size: Count = 16
+    embed_dim: Count = 768
+    depth: Count = 12
+    num_heads: Count = 12
+    mlp_ratio: Positive = 4.0
+    num_levels: Count = 2  # level l predicts the patch grid merged 2^l x 2^l; 1 is I-JEPA
+    predictor: PredictorConfig = PredictorConfig()
+    ema: EMAConfig = EMAConfig()
+
+
+class MaskingConfig(Section):
+    num_targets: Count = 4
+    target_scale: Range = (0.15, 0.2)  # area share of one target block
+    target_aspect: Range = (0.75, 1.5)
+    context_scale: Range = (0.85, 1.0)
+    min_context: Count = 4  # visible patches that every image keeps at least
+
+
+class LossConfig(Section):
+    level_weights: tuple[NonNegative, ...] | None = None  # one per level; null weighs all levels equally
+    smooth_l1_beta: Positive = 1.0
+
+
+class TrainingConfig(Section):
+    epochs: Count = 300
+    warmup_epochs: NonNegative = 40.0
+    batch_size: Count = 2048  # global: over all ranks and accumulation steps
+    accumulation_steps: Count = 1
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: Positive = 1e-3
+    min_lr: NonNegative = 1e-6
+    weight_decay: NonNegative = 0.05
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    clip_grad: Positive | None = 3.0  # largest gradient norm; null turns clipping off
+    use_amp: bool = True  # bf16 where the hardware has it, fp16 with loss scaling otherwise
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+
+
+class CheckpointConfig(Section):
+    save_frequency: Count = 10  # epochs between periodic checkpoints
+    keep_best_n: Annotated[int, Field(ge=0)] = 3
+    checkpoint_dir: str = "results/checkpoints"
+    # A representation metric, never the self-distillation loss, which favours collapse. auto: probe/knn_top1 where the
+    # training images have labels, collapse/rankme where not.
+    metric: str = "auto"
+    mode: Literal["min", "max"] = "max"
+
+
+class CollapseConfig(Section):
+    probe_samples: Count = 512  # images of the fixed probe set
+    frequency: Count = 1  # epochs between measurements
+    min_std: NonNegative = 0.01  # across-image std of the embedding, below which it counts as collapsed
+    min_rank: Positive = 2.0  # effective rank (RankMe) below which it counts as collapsed
+    action: Literal["warn", "stop"] = "stop"
+    patience: Count = 3  # collapsed measurements in a row before the action
+
+
+class WandbConfig(Section):
+    enabled: bool = False
+    project: str = "h-jepa"
+
+
+class TensorboardConfig(Section):
+    enabled: bool = True
+
+
+class LoggingConfig(Section):
+    experiment_name: str = "hjepa"
+    log_dir: str = "results/logs"
+    log_frequency: Count = 100  # optimiser steps between log lines; the only host sync
+    wandb: WandbConfig = WandbConfig()
+    tensorboard: TensorboardConfig = TensorboardConfig()
+
+
+class EvaluationConfig(Section):
+    train_samples: Count | None = None  # the first n of the train split are the labelled set; null takes all
+    test_samples: Count | None = None
+    batch_size: Count = 256
+    knn_k: Count = 20
+    knn_temperature: Positive = 0.07
+    linear_l2: NonNegative = 1e-4  # penalty per squared weight of the linear probe
+    linear_iterations: Count = 60
+    primary_metric: str = "eval/linear_top1"  # what the champion is chosen by
+
+
+class ExportConfig(Section):
+    weights: Literal["target", "context"] = "target"  # the EMA encoder, or the one that was trained
+    tolerance: Positive = 1e-5  # largest allowed difference between export and training code
+
+
+class StorageConfig(Section):
+    uri: str = "s3://hjepa"  # bucket and prefix; keys come from the environment, never from here
+    endpoint_url: str | None = None  # null takes AWS_ENDPOINT_URL, then AWS itself
+    region: str = "us-east-1"
+
+
+class TrackingConfig(Section):
+    uri: str | None = None  # null takes MLFLOW_TRACKING_URI
+    registered_model: str = "hjepa"
+    champion_margin: NonNegative = 0.005  # the primary metric must rise by more than this
+
+
+class Config(Section):
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    masking: MaskingConfig = MaskingConfig()
+    loss: LossConfig = LossConfig()
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    collapse: CollapseConfig = CollapseConfig()
+    logging: LoggingConfig = LoggingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    export: ExportConfig = ExportConfig()
+    storage: StorageConfig = StorageConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of the image."""
+        return self.data.image_size // self.model.patch_size
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of the canonical JSON of the whole tree."""
+        return sha256_json(self.model_dump(mode="json"))
+
+
+class ConfigError(UserError):
+    """Every mistake of one configuration, each with its path, what it got and what was expected."""
+
+    def __init__(self, source: str, problems: Sequence[str]):
+        self.problems = list(problems)
+        count = "1 mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
+        lines = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(problems, 1))
+        super().__init__(f"{source}: {count} in the configuration\n{lines}")
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but with the floats of YAML 1.2 (``1e-3``) and no repeated keys."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    for (key_node, _), key in zip(node.value, keys, strict=True):
+        if keys.count(key) > 1:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {key!r} is written {keys.count(key)} times", key_node.start_mark
+            )
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def parse_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+
+
+def packaged_configs() -> list[str]:
+    """Names that ``--config`` accepts without a file."""
+    folder = resources.files("hjepa") / "configs"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def read_source(source: str) -> tuple[str, str]:
+    """(name to show, YAML text) of a packaged configuration's name, a file, or YAML text itself."""
+    if "\n" in source or ": " in source or source.strip() == "":
+        return "configuration", source
+    if source in packaged_configs():
+        return source, (resources.files("hjepa") / "configs" / f"{source}.yaml").read_text("utf-8")
+    path = Path(source).expanduser()
+    if path.suffix in {".yaml", ".yml"} or path.exists():
+        try:
+            return source, path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the configuration {source}: {error}") from None
+    raise UserError(
+        f"no configuration {source!r}: neither a file nor one of the packaged ones ({', '.join(packaged_configs())})."
+        + _suggest(source, packaged_configs())
+    )
+
+
+def load_config(source: str = "default", overrides: Iterable[str] = ()) -> Config:
+    """Read, override and validate a configuration.
+
+    Args:
+        source: A packaged name (``demo``), a path, or YAML text.
+        overrides: ``section.key=value`` strings; the value is YAML. Later ones win.
+
+    Raises:
+        ConfigError: with all mistakes at once.
+        UserError: if the source cannot be read.
+    """
+    name, text = read_source(source)
+    try:
+        raw = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{name} is not valid YAML: {error}") from None
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise UserError(f"{name}: expected a mapping of sections, got {type(raw).__name__}")
+    problems = []
+    for override in overrides:
+        problem = _apply(raw, override)
+        if problem:
+            problems.append(problem)
+    return validate(raw, source=name, problems=problems)
+
+
+def _apply(raw: dict[str, Any], override: str) -> str | None:
+    """Set one dotted key in place; returns what is wrong with the override, if anything."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        return f"override {override!r}: expected section.key=value, such as training.lr=3e-4"
+    try:
+        value = parse_yaml(text)
+    except yaml.YAMLError:
+        return f"override {override!r}: {text!r} is not a YAML value; quote it"
+    node = raw
+    for key in keys[:-1]:
+        if node.get(key) is None:
+            node[key] = {}
+        node = node[key]
+        if not isinstance(node, dict):
+            return f"override {override!r}: {key} is a value, not a section"
+    node[keys[-1]] = value
+    return None
+
+
+# -- checking --------------------------------------------------------------------------------------------------------
+
+
+def validate(raw: Mapping[str, Any], *, source: str = "configuration", problems: Sequence[str] = ()) -> Config:
+    """The configuration that ``raw`` describes, or one ConfigError with every mistake in it."""
+    found = list(problems)
+    tree = json.loads(json.dumps(raw, default=str))
+    try:
+        config = Config.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        refused = [_location(tree, item["loc"]) for item in error.errors()]
+        found += dict.fromkeys(_explain(tree, item) for item in error.errors())
+        # What is left must still be checked for contradictions, so the refused keys take their defaults.
+        for path in refused:
+            _remove(tree, path)
+        try:
+            config = Config.model_validate_json(json.dumps(tree))
+        except ValidationError:
+            raise ConfigError(source, found) from None
+        found += [text for keys, text in contradictions(config) if not _touches(keys, refused)]
+        raise ConfigError(source, found) from None
+    found += [text for _, text in contradictions(config)]
+    if found:
+        raise ConfigError(source, found)
+    return config
+
+
+def contradictions(config: Config) -> list[tuple[tuple[str, ...], str]]:
+    """Pairs (keys involved, message) for values that are each allowed but cannot stand together."""
+    data, model, training, masking = config.data, config.model, config.training, config.masking
+    found: list[tuple[tuple[str, ...], str]] = []
+
+    def check(wrong: bool, keys: tuple[str, ...], message: str) -> None:
+        if wrong:
+            found.append((keys, f"{' and '.join(keys)}: {message}"))
+
+    size, patch, levels = data.image_size, model.patch_size, model.num_levels
+    check(
+        size % patch != 0,
+        ("data.image_size", "model.patch_size"),
+        f"{size} pixels are not a whole number of {patch}-pixel patches; "
+        f"use data.image_size={max(1, round(size / patch)) * patch}",
+    )
+    cell = 2 ** (levels - 1)
+    check(
+        size % patch == 0 and (size // patch) % cell != 0,
+        ("model.num_levels", "data.image_size", "model.patch_size"),
+        f"the {size // patch}x{size // patch} patch grid cannot be merged {cell}x{cell} at level {levels - 1}; "
+        f"use at most {_levels_that_fit(size // patch)} levels, or an image size whose grid divides by {cell}",
+    )
+    check(
+        size % patch == 0 and (size // patch) % cell == 0 and size // patch // cell < 2,
+        ("model.num_levels",),
+        f"level {levels - 1} would be one single cell, with no context left to predict it from; use fewer levels",
+    )
+    for path, width, heads in (
+        ("model", model.embed_dim, model.num_heads),
+        ("model.predictor", model.predictor.embed_dim, model.predictor.num_heads),
+    ):
+        keys = (f"{path}.embed_dim", f"{path}.num_heads")
+        check(width % heads != 0, keys, f"a width of {width} does not divide into {heads} heads")
+        check(width % 4 != 0, keys[:1], f"{width} must be a multiple of 4 for 2-D sine-cosine positions")
+    check(
+        training.warmup_epochs >= training.epochs,
+        ("training.warmup_epochs", "training.epochs"),
+        f"the warm-up ({training.warmup_epochs:g} epochs) would not end before training does ({training.epochs})",
+    )
+    check(
+        model.ema.momentum_warmup_epochs >= training.epochs,
+        ("model.ema.momentum_warmup_epochs", "training.epochs"),
+        f"the momentum would stay flat for {model.ema.momentum_warmup_epochs:g} of {training.epochs} epochs",
+    )
+    check(
+        model.ema.momentum > model.ema.momentum_end,
+        ("model.ema.momentum", "model.ema.momentum_end"),
+        f"the momentum must not fall, got {model.ema.momentum} -> {model.ema.momentum_end}",
+    )
+    check(
+        training.min_lr > training.lr,
+        ("training.min_lr", "training.lr"),
+        f"the smallest learning rate {training.min_lr:g} is above the largest {training.lr:g}",
+    )
+    check(
+        training.batch_size % training.accumulation_steps != 0,
+        ("training.batch_size", "training.accumulation_steps"),
+        f"a global batch of {training.batch_size} does not divide into {training.accumulation_steps} micro-batches",
+    )
+    weights = config.loss.level_weights
+    if weights is not None:
+        check(
+            len(weights) != levels,
+            ("loss.level_weights", "model.num_levels"),
+            f"expected one weight per level, got {len(weights)} weights for {levels} levels",
+        )
+        check(sum(weights) == 0, ("loss.level_weights",), "at least one level needs a weight above 0")
+    for key in ("target_scale", "target_aspect", "context_scale"):
+        low, high = getattr(masking, key)
+        check(low > high, (f"masking.{key}",), f"expected (low, high), got ({low:g}, {high:g})")
+    for path, (_, high) in (
+        ("masking.target_scale", masking.target_scale),
+        ("masking.context_scale", masking.context_scale),
+        ("data.crop_scale", data.crop_scale),
+    ):
+        check(high > 1, (path,), f"an area share cannot be above 1, got {high:g}")
+    check(
+        data.crop_scale[0] > data.crop_scale[1],
+        ("data.crop_scale",),
+        f"expected (low, high), got ({data.crop_scale[0]:g}, {data.crop_scale[1]:g})",
+    )
+    check(
+        size % patch == 0 and masking.min_context >= (size // patch) ** 2,
+        ("masking.min_context", "data.image_size", "model.patch_size"),
+        f"{masking.min_context} visible patches leave nothing to predict in a grid of {(size // patch) ** 2}",
+    )
+    check(
+        not config.storage.uri.startswith("s3://") or config.storage.uri == "s3://",
+        ("storage.uri",),
+        f"expected s3://bucket or s3://bucket/prefix, got {config.storage.uri!r}",
+    )
+    return found
+
+
+def _levels_that_fit(grid: int) -> int:
+    levels = 1
+    while grid % 2**levels == 0 and grid // 2**levels >= 2:
+        levels += 1
+    return levels
+
+
+def _location(tree: Any, loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """The part of a pydantic location that is a path in the user's file (it also names union members)."""
+    path: list[int | str] = []
+    for key in loc:
+        if (isinstance(tree, dict) and key in tree) or (
+            isinstance(tree, list) and isinstance(key, int) and key < len(tree)
+        ):
+            tree = tree[key]
+        else:
+            break
+        path.append(key)
+    return tuple(path)
+
+
+def _remove(tree: Any, path: tuple[int | str, ...]) -> None:
+    """Take out the smallest mapping entry that holds ``path`` (an item cannot be cut out of a tuple)."""
+    keys = list(path)
+    while keys and isinstance(keys[-1], int):
+        keys.pop()
+    for key in keys[:-1]:
+        tree = tree.get(key, {}) if isinstance(tree, dict) else {}
+    if keys and isinstance(tree, dict):
+        tree.pop(keys[-1], None)
+
+
+def _touches(keys: Iterable[str], refused: Iterable[tuple[int | str, ...]]) -> bool:
+    dotted = {".".join(str(part) for part in path if isinstance(part, str)) for path in refused}
+    return any(key == path or key.startswith(f"{path}.") for key in keys for path in dotted)
+
+
+def _explain(tree: dict[str, Any], item: Any) -> str:
+    path = _location(tree, item["loc"])
+    dotted = ".".join(str(key) for key in path)
+    got = _describe(item["input"])
+    if item["type"] == "extra_forbidden":
+        section, unknown = ".".join(str(key) for key in path[:-1]), str(path[-1])
+        known = _fields(path[:-1])
+        everywhere = [p for p in all_keys() if p.rpartition(".")[2] == unknown]
+        hint = f" Did you mean {everywhere[0]}?" if everywhere else _suggest(unknown, known, prefix=section)
+        return f"{dotted}: unknown key.{hint} Known here: {', '.join(known)}."
+    context = item.get("ctx", {})
+    kind = item["type"]
+    if kind == "literal_error":
+        options = re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]]
+        return f"{dotted}: got {got}, expected one of {', '.join(options)}.{_suggest(str(item['input']), options)}"
+    bounds = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}
+    if kind in bounds:
+        return f"{dotted}: got {got}, expected a number {bounds[kind]} {next(iter(context.values())):g}."
+    expected = {
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "float_type": "a number",
+        "finite_number": "a finite number",
+        "bool_type": "true or false",
+        "string_type": "a text",
+        "model_type": "a section with keys",
+        "model_attributes_type": "a section with keys",
+        "tuple_type": "a list",
+        "missing": "one more item",
+        "too_long": f"at most {context.get('max_length')} items",
+    }.get(kind)
+    if expected is None:
+        return f"{dotted}: got {got}, {item['msg']}."
+    return f"{dotted}: got {got}, expected {expected}."
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, str):
+        return f"the text {value!r}"
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return json.dumps(value) if isinstance(value, (int, float, list)) else f"a {type(value).__name__}"
+
+
+def _section(path: Sequence[int | str]) -> type[Section]:
+    section: type[Section] = Config
+    for key in path:
+        annotation = section.model_fields[str(key)].annotation
+        options = [annotation, *get_args(annotation)]
+        section = next(item for item in options if isinstance(item, type) and issubclass(item, Section))
+    return section
+
+
+def _fields(path: Sequence[int | str]) -> list[str]:
+    return list(_section(path).model_fields)
+
+
+def all_keys(section: type[Section] = Config, prefix: str = "") -> list[str]:
+    """Dotted paths of every leaf of the tree."""
+    keys: list[str] = []
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            keys += all_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def _suggest(word: str, options: Iterable[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
+    if not near:
+        return ""
+    return f" Did you mean {prefix + '.' if prefix else ''}{near[0]}?"
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+def dump_yaml(config: Config) -> str:
+    """The resolved configuration as YAML that ``load_config`` reads back to an equal tree."""
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
+    return text
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted key -> value, for parameter tables."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, node: Any) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                walk(f"{prefix}{key}.", value)
+        else:
+            flat[prefix[:-1]] = node
+
+    walk("", config.model_dump(mode="json"))
+    return flat
+
+
+def sha256_json(value: Any) -> str:
+    """sha256 (hex) of the canonical JSON of a value: sorted keys, no blanks."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,146 @@
+"""From whatever an image file holds to the 8-bit grey or RGB picture that a person sees."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from hjepa.data.sources import Payload
+
+# Formats that decode in this process alone; PIL would hand others, such as EPS, to an external interpreter.
+FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
+ORIENTATION = 0x0112  # EXIF tag
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Decoders meet hostile bytes with almost any exception; each of them is one file's fault, never the run's.
+DECODE_ERRORS = (
+    OSError, ValueError, TypeError, ArithmeticError, LookupError, SyntaxError, EOFError, AttributeError,
+    AssertionError, RuntimeError, MemoryError, struct.error, zlib.error,
+    Image.DecompressionBombError, Image.DecompressionBombWarning,
+)  # fmt: skip
+
+
+class RejectedError(Exception):
+    """A file that cannot be used, with a reason that can be counted and a detail that can be read."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class Picture:
+    image: Image.Image  # mode L or RGB, upright, opaque
+    encoded: bytes  # decodes to exactly these pixels with any plain decoder
+    suffix: str  # "jpg" or "png"
+
+
+def decode(payload: Payload, *, max_pixels: int) -> Picture:
+    """Decode once, and keep the file's own bytes where they need no change.
+
+    Raises:
+        RejectedError: whatever is wrong with the payload.
+    """
+    try:
+        if isinstance(payload, np.ndarray):
+            grey = payload.ndim == 3 and payload.shape[2] == 1
+            return _encoded(_visible(Image.fromarray(payload[..., 0] if grey else payload)), "PNG")
+        if isinstance(payload, Image.Image):
+            return _encoded(_visible(payload), "PNG")
+        return _decode_file(payload, max_pixels)
+    except DECODE_ERRORS as error:
+        if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+            raise RejectedError("too-many-pixels", str(error)) from None
+        reason = "truncated" if "truncated" in str(error).lower() else "corrupt"
+        raise RejectedError(reason, f"{type(error).__name__}: {error}") from None
+
+
+def _decode_file(data: bytes, max_pixels: int) -> Picture:
+    if not data:
+        raise RejectedError("empty", "the file has no bytes")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise RejectedError("not-an-image", f"starts with {data[:16]!r}") from None
+    width, height = image.size
+    if width * height > max_pixels:
+        raise RejectedError(
+            "too-many-pixels", f"{width} x {height} = {width * height} pixels, data.max_pixels is {max_pixels}"
+        )
+    image.load()
+    visible = _visible(image)
+    if image.format in ("JPEG", "MPO"):
+        return Picture(image, data, "jpg") if visible is image else _encoded(visible, "JPEG")
+    if visible is image and image.format == "PNG" and _plain_png(image, data):
+        return Picture(image, data, "png")
+    return _encoded(visible, "PNG")
+
+
+def _plain_png(image: Image.Image, data: bytes) -> bool:
+    """One frame, 8 bits per sample, grey or RGB: what every decoder reads as the same pixels."""
+    depth, colour_type = data[24], data[25]
+    return depth == 8 and colour_type in (0, 2) and not getattr(image, "is_animated", False)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except DECODE_ERRORS:
+        return 1  # broken metadata does not make the picture unusable
+
+
+def _visible(image: Image.Image) -> Image.Image:
+    """Upright, opaque (on white), 8 bits, L or RGB; the very same object if it is all that already."""
+    turn = UPRIGHT.get(_orientation(image))
+    if turn is not None:
+        transparency = image.info.get("transparency")
+        image = image.transpose(turn)
+        if transparency is not None:
+            image.info["transparency"] = transparency
+    if image.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info:
+        grey = image.mode in ("L", "LA", "La")
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, rgba).convert("L" if grey else "RGB")
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_eight_bits(np.asarray(image)))
+    if image.mode in ("L", "RGB"):
+        return image
+    return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def _eight_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """Scale 16-bit integers by their full range, and floats from 0..1 unless they go beyond it."""
+    if values.dtype.kind == "f":
+        values = np.nan_to_num(values, nan=0.0, posinf=255.0, neginf=0.0)
+        scale = 255.0 if values.max(initial=0.0) <= 1.0 else 1.0
+        return np.clip(np.rint(values * scale), 0, 255).astype(np.uint8)
+    wide = np.clip(values.astype(np.int64), 0, 65535)
+    return (wide >> 8 if values.itemsize == 2 or wide.max(initial=0) > 255 else wide).astype(np.uint8)
+
+
+def _encoded(image: Image.Image, kind: str) -> Picture:
+    buffer = io.BytesIO()
+    bare = Image.frombytes(image.mode, image.size, image.tobytes())  # metadata would speak of the old pixels
+    if kind == "JPEG":
+        # A photo that only had to be turned upright would grow tenfold as a PNG.
+        bare.save(buffer, "JPEG", quality=95, subsampling=0)
+        stored = Image.open(io.BytesIO(buffer.getvalue()))
+        stored.load()
+        return Picture(stored, buffer.getvalue(), "jpg")
+    bare.save(buffer, "PNG")
+    return Picture(bare, buffer.getvalue(), "png")

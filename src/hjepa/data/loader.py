@@ -1,0 +1,359 @@
+"""Shards -> batches. The order is a pure function of (seed, epoch), so a position is all that resuming needs."""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from hjepa.data.shards import ShardReader, read_index
+from hjepa.data.transforms import decode_image, eval_view, is_random, normalize, to_channels, train_view, view_rng
+from hjepa.errors import HjepaError, UserError
+
+Fetch = Callable[[str], Path]
+"""Maps the key of a shard or index to a local, verified copy. Must be picklable, and safe in several processes."""
+
+MEMORY_BUDGET_BYTES = 256_000_000  # decoded sets up to this size are held in memory
+PREFETCHED_BATCHES = 2
+
+T = TypeVar("T")
+
+
+class ShardDataset:
+    """Random access to one split of a prepared data set.
+
+    Args:
+        manifest: dataset.json.
+        split: "train" or "test".
+        fetch: Where the files named in the manifest are; shards are asked for when first read.
+    """
+
+    def __init__(self, manifest: Mapping[str, Any], split: str, fetch: Fetch):
+        section = manifest["splits"].get(split)
+        if section is None:
+            raise UserError(
+                f"the data set {manifest['name']} has no {split} split, only {', '.join(manifest['splits'])}"
+            )
+        self.split, self.fetch = split, fetch
+        self.channels: int = manifest["channels"]
+        self.statistics: Mapping[str, list[float]] = manifest["statistics"]
+        self.shape: tuple[int, int] | None = tuple(section["shape"]) if section["shape"] else None
+        self._keys = [shard["key"] for shard in section["shards"]]
+        self._index = read_index(fetch(section["index"]["key"]))
+        if len(self._index) != section["samples"]:
+            raise HjepaError(
+                f"{section['index']['key']} lists {len(self._index)} samples, the manifest {section['samples']}: "
+                "they are of different data sets; fetch both again"
+            )
+        self._paths: dict[int, Path] = {}
+        self._reader = ShardReader()
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def labels(self) -> NDArray[np.int64]:
+        """(N,) class numbers, -1 where there is none."""
+        return self._index["label"].astype(np.int64)
+
+    def read_bytes(self, i: int) -> bytes:
+        """The encoded image.
+
+        Raises:
+            HjepaError: if the bytes are not those that were prepared.
+        """
+        shard, offset, length, _, crc32 = self._index[i].item()
+        path = self._paths.get(shard)
+        if path is None:
+            path = self._paths[shard] = self.fetch(self._keys[shard])
+        data = self._reader.read(path, offset, length)
+        if len(data) != length or zlib.crc32(data) != crc32:
+            raise HjepaError(
+                f"sample {i} of the {self.split} split is damaged in {path} (bytes {offset} to {offset + length}): "
+                "remove this file, so that it is fetched again"
+            )
+        return data
+
+    def read(self, i: int) -> tuple[NDArray[np.uint8], int]:
+        """The decoded image, uint8 (C, H, W), and its label (-1: none)."""
+        image: NDArray[np.uint8] = decode_image(self.read_bytes(i), self.channels).numpy()
+        return image, int(self._index[i]["label"])
+
+    def in_memory(
+        self, *, limit: int | None = None, budget_bytes: int = MEMORY_BUDGET_BYTES
+    ) -> NDArray[np.uint8] | None:
+        """The first ``limit`` images decoded, uint8 (N, C, H, W); None if they differ in size or exceed the budget."""
+        count = len(self) if limit is None else min(limit, len(self))
+        if self.shape is None or count * self.channels * self.shape[0] * self.shape[1] > budget_bytes:
+            return None
+        images = np.empty((count, self.channels, *self.shape), dtype=np.uint8)
+
+        def fill(start: int) -> None:
+            for i in range(start, min(start + 1024, count)):
+                images[i] = self.read(i)[0]
+
+        with ThreadPoolExecutor() as threads:  # decoders let go of the interpreter lock
+            for _ in threads.map(fill, range(0, count, 1024)):
+                pass
+        return images
+
+
+# -- order -----------------------------------------------------------------------------------------------------------
+
+
+def order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
+    """The permutation of ``range(n)`` in which an epoch visits the samples.
+
+    Raw 64-bit draws are sorted, because NumPy promises that those never change, as it does not of ``permutation``.
+    """
+    draws = np.random.PCG64(np.random.SeedSequence((seed, epoch), spawn_key=(0,))).random_raw(n)
+    return np.argsort(draws, kind="stable").astype(np.int64, copy=False)
+
+
+@lru_cache(maxsize=2)
+def _cached_order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
+    permutation = order(seed, epoch, n)
+    permutation.setflags(write=False)
+    return permutation
+
+
+def global_batch(step: int, *, batch_size: int, seed: int, n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(samples, epochs), each (B,), of one optimiser step over all ranks.
+
+    Epochs follow one another without a gap, so a batch may hold the end of one and the start of the next.
+    """
+    positions = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
+    epochs, within = np.divmod(positions, n)
+    samples = np.empty(batch_size, dtype=np.int64)
+    for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+        here = epochs == epoch
+        samples[here] = _cached_order(seed, epoch, n)[within[here]]
+    return samples, epochs
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    step: int
+    epoch: int  # of the global batch's first sample
+    position: int  # images seen before this step, over all ranks
+    samples: NDArray[np.int64]  # (b,) this rank's samples
+    epochs: NDArray[np.int64]  # (b,) the epoch that each of them belongs to
+    global_samples: NDArray[np.int64]  # (B,) all ranks' samples, in rank order
+    images: Tensor  # uint8 (b, C, S, S)
+
+    def pin_memory(self) -> Batch:
+        return replace(self, images=self.images.pin_memory())
+
+
+class TrainLoader:
+    """Batches of training views, each a function of its step alone.
+
+    Rank r of W gets the r-th of W equal parts of every global batch, so the global order does not depend on W.
+
+    Args:
+        batch_size: Global, over all ranks.
+        num_workers: Decoding processes; 0 decodes in one background thread, as do sets that fit into memory and
+            whose views are not random.
+        pin_memory: Put images into page-locked memory, for asynchronous copies to a GPU.
+
+    Raises:
+        UserError: if the split is empty or the batch does not divide into ranks.
+    """
+
+    def __init__(
+        self,
+        dataset: ShardDataset,
+        *,
+        batch_size: int,
+        seed: int,
+        image_size: int,
+        channels: int,
+        crop_scale: tuple[float, float],
+        horizontal_flip: bool,
+        num_workers: int,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+    ):
+        if len(dataset) == 0:
+            raise UserError(f"the {dataset.split} split holds no image")
+        if batch_size % world_size:
+            raise UserError(
+                f"training.batch_size={batch_size} does not divide into {world_size} ranks; "
+                f"use {max(1, batch_size // world_size) * world_size}"
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of {world_size}")
+        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        self.image_size, self.channels = image_size, channels
+        self.crop_scale, self.horizontal_flip = crop_scale, horizontal_flip
+        self.rank, self.world_size = rank, world_size
+        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self._fixed_views: Tensor | None = None
+        self._decoded = _in_memory_tensor(dataset, channels)
+        if self._decoded is not None and not is_random(crop_scale, horizontal_flip):
+            self._fixed_views = eval_view(self._decoded, image_size)
+            self.num_workers = 0  # picking rows is cheaper than sending them between processes
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.dataset)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 views (B, C, S, S) -> float32 by the data set's own mean and deviation, on the device they are on."""
+        return normalize(images, **self.dataset.statistics)
+
+    def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
+        """The batches of steps ``start_step`` to ``stop_step - 1``, made ahead of their use."""
+        yield from _produce(
+            self.batch, range(start_step, stop_step), num_workers=self.num_workers, pin_memory=self.pin_memory
+        )
+
+    def batch(self, step: int) -> Batch:
+        samples, epochs = global_batch(step, batch_size=self.batch_size, seed=self.seed, n=len(self.dataset))
+        share = self.batch_size // self.world_size
+        mine = slice(self.rank * share, (self.rank + 1) * share)
+        return Batch(
+            step=step,
+            epoch=int(epochs[0]),
+            position=step * self.batch_size,
+            samples=samples[mine],
+            epochs=epochs[mine],
+            global_samples=samples,
+            images=self._views(samples[mine], epochs[mine]),
+        )
+
+    def _views(self, samples: NDArray[np.int64], epochs: NDArray[np.int64]) -> Tensor:
+        if self._fixed_views is not None:
+            return self._fixed_views[torch.from_numpy(samples)]
+        views = torch.empty((len(samples), self.channels, self.image_size, self.image_size), dtype=torch.uint8)
+        random = is_random(self.crop_scale, self.horizontal_flip)
+        for k, (sample, epoch) in enumerate(zip(samples.tolist(), epochs.tolist(), strict=True)):
+            if self._decoded is not None:
+                image = self._decoded[sample]
+            else:
+                image = to_channels(torch.from_numpy(self.dataset.read(sample)[0]), self.channels)
+            views[k] = train_view(
+                image,
+                image_size=self.image_size,
+                crop_scale=self.crop_scale,
+                horizontal_flip=self.horizontal_flip,
+                rng=view_rng(self.seed, epoch, sample) if random else None,
+            )
+        return views
+
+
+# -- evaluation ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EvalBatch:
+    start: int  # position of the first image in the split
+    images: Tensor  # uint8 (b, C, S, S)
+    labels: NDArray[np.int64]  # (b,), -1: none
+
+    def pin_memory(self) -> EvalBatch:
+        return replace(self, images=self.images.pin_memory())
+
+
+class EvalLoader:
+    """Evaluation views of the first ``limit`` images of a split, in order, every one once."""
+
+    def __init__(
+        self,
+        dataset: ShardDataset,
+        *,
+        batch_size: int,
+        image_size: int,
+        channels: int,
+        num_workers: int,
+        limit: int | None = None,
+        pin_memory: bool = False,
+    ):
+        self.dataset, self.batch_size = dataset, batch_size
+        self.image_size, self.channels = image_size, channels
+        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.samples = len(dataset) if limit is None else min(limit, len(dataset))
+        self._labels = dataset.labels()
+
+    def __len__(self) -> int:
+        """Batches, the last of which may be smaller."""
+        return -(-self.samples // self.batch_size)
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        yield from _produce(self.batch, range(len(self)), num_workers=self.num_workers, pin_memory=self.pin_memory)
+
+    def batch(self, number: int) -> EvalBatch:
+        start = number * self.batch_size
+        stop = min(start + self.batch_size, self.samples)
+        views = torch.empty((stop - start, self.channels, self.image_size, self.image_size), dtype=torch.uint8)
+        for k, i in enumerate(range(start, stop)):
+            image = to_channels(torch.from_numpy(self.dataset.read(i)[0]), self.channels)
+            views[k] = eval_view(image, self.image_size)
+        return EvalBatch(start, views, self._labels[start:stop])
+
+
+# -- making batches ahead of their use -------------------------------------------------------------------------------
+
+
+def _produce(
+    make: Callable[[int], Any], numbers: Sequence[int], *, num_workers: int, pin_memory: bool
+) -> Iterator[Any]:
+    if num_workers > 0 and len(numbers) > 0:
+        yield from DataLoader(
+            _Numbered(make),
+            batch_size=None,
+            sampler=numbers,
+            num_workers=num_workers,
+            collate_fn=_identity,
+            prefetch_factor=PREFETCHED_BATCHES,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # else every iterator would draw from the global generator
+        )
+    else:
+        yield from _ahead((lambda number: make(number).pin_memory()) if pin_memory else make, numbers)
+
+
+class _Numbered(Dataset[Any]):
+    def __init__(self, make: Callable[[int], Any]):
+        self.make = make
+
+    def __getitem__(self, number: int) -> Any:
+        return self.make(number)
+
+
+def _identity(batch: T) -> T:
+    return batch
+
+
+def _ahead(make: Callable[[int], T], numbers: Sequence[int]) -> Iterator[T]:
+    """``make`` of each number in order, done by one background thread that stays a few ahead."""
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hjepa-loader")
+    pending: deque[Future[T]] = deque()
+    try:
+        for number in numbers:
+            pending.append(thread.submit(make, number))
+            if len(pending) > PREFETCHED_BATCHES:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        thread.shutdown(cancel_futures=True)
+
+
+def _in_memory_tensor(dataset: ShardDataset, channels: int) -> Tensor | None:
+    images = dataset.in_memory()
+    return None if images is None else to_channels(torch.from_numpy(images), channels)

@@ -1,0 +1,162 @@
+"""The shard format: POSIX tar files that any tool reads, and one binary index per split for random access.
+
+A sample is ``KEY.png`` or ``KEY.jpg`` followed, if it has a label, by ``KEY.cls`` (the class number in ASCII), the
+naming of the webdataset library. Times, owners and modes are fixed, so that the same samples give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hjepa.errors import HjepaError
+
+BLOCK = 512  # tar's unit
+INDEX_DTYPE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("length", "<u4"), ("label", "<i4"), ("crc32", "<u4")])
+INDEX_HEADER = struct.Struct("<8sIIQ")  # magic, version, bytes per record, records
+INDEX_MAGIC = b"HJEPAIDX"
+INDEX_VERSION = 1
+NO_LABEL = -1
+
+Index = NDArray[np.void]
+
+
+class StoredFile(NamedTuple):
+    key: str  # name below the data set's prefix
+    path: Path
+    bytes: int
+    sha256: str
+    samples: int
+
+
+class ShardWriter:
+    """Writes the shards of one split one after the other, then its index.
+
+    Args:
+        folder: Where the files go.
+        split: Prefix of their names.
+        shard_bytes: A shard is closed before it would grow beyond this, unless one sample alone does.
+    """
+
+    def __init__(self, folder: Path, split: str, *, shard_bytes: int):
+        self.folder, self.split, self.shard_bytes = folder, split, shard_bytes
+        self.shards: list[StoredFile] = []
+        self._records: list[tuple[int, int, int, int, int]] = []
+        self._shard: _OpenShard | None = None
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._shard is not None:
+            self._shard.file.close()
+
+    def add(self, data: bytes, *, suffix: str, label: int | None, crc32: int) -> None:
+        key = f"{len(self._records):09d}"
+        members = tar_member(f"{key}.{suffix}", data)
+        if label is not None:
+            members += tar_member(f"{key}.cls", str(label).encode())
+        if self._shard is not None and self._shard.size + len(members) > self.shard_bytes:
+            self._close_shard()
+        if self._shard is None:
+            self._shard = _OpenShard(self.folder / f"{self.split}-{len(self.shards):06d}.tar")
+        offset = self._shard.size + BLOCK
+        self._shard.write(members)
+        self._shard.samples += 1
+        self._records.append((len(self.shards), offset, len(data), NO_LABEL if label is None else label, crc32))
+
+    def finish(self) -> StoredFile:
+        """Closes the last shard and writes the index, which is returned."""
+        if self._shard is not None:
+            self._close_shard()
+        path = self.folder / f"{self.split}.index"
+        content = encode_index(np.array(self._records, dtype=INDEX_DTYPE))
+        path.write_bytes(content)
+        return StoredFile(path.name, path, len(content), hashlib.sha256(content).hexdigest(), len(self._records))
+
+    def _close_shard(self) -> None:
+        assert self._shard is not None
+        self.shards.append(self._shard.close())
+        self._shard = None
+
+
+class _OpenShard:
+    def __init__(self, path: Path):
+        self.path, self.file, self.size, self.samples = path, path.open("wb"), 0, 0
+        self._hasher = hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        self.file.write(data)
+        self._hasher.update(data)
+        self.size += len(data)
+
+    def close(self) -> StoredFile:
+        self.write(bytes(2 * BLOCK))  # tar's end mark
+        self.file.close()
+        return StoredFile(self.path.name, self.path, self.size, self._hasher.hexdigest(), self.samples)
+
+
+def tar_member(name: str, data: bytes) -> bytes:
+    """One regular file as POSIX ustar: header, content, padding. Names are short ASCII."""
+    head = b"%s0000644\0%07o\0%07o\0%011o\0%011o\0" % (name.encode("ascii").ljust(100, b"\0"), 0, 0, len(data), 0)
+    tail = b"0" + bytes(100) + b"ustar\x0000" + bytes(64) + b"0000000\x000000000\0"
+    blank_sum = sum(head) + 8 * 32 + sum(tail)  # the checksum counts its own field as blanks
+    header = (head + b"%06o\0 " % blank_sum + tail).ljust(BLOCK, b"\0")
+    return header + data + bytes(-len(data) % BLOCK)
+
+
+def encode_index(records: Index) -> bytes:
+    return INDEX_HEADER.pack(INDEX_MAGIC, INDEX_VERSION, INDEX_DTYPE.itemsize, len(records)) + records.tobytes()
+
+
+def read_index(path: Path) -> Index:
+    """The records of a split in order.
+
+    Raises:
+        HjepaError: if the file is no whole index of a known version.
+    """
+    content = path.read_bytes()
+    try:
+        magic, version, itemsize, count = INDEX_HEADER.unpack_from(content)
+    except struct.error:
+        raise HjepaError(f"{path} is too short for a shard index; prepare the data set again") from None
+    if magic != INDEX_MAGIC or version != INDEX_VERSION or itemsize != INDEX_DTYPE.itemsize:
+        raise HjepaError(f"{path} is not a shard index of version {INDEX_VERSION}; prepare the data set again")
+    if len(content) != INDEX_HEADER.size + count * itemsize:
+        raise HjepaError(f"{path} holds {len(content)} bytes, expected {count} records; fetch it again")
+    return np.frombuffer(content, dtype=INDEX_DTYPE, offset=INDEX_HEADER.size)
+
+
+class ShardReader:
+    """Random access to encoded samples by ``os.pread``; safe in threads and after a fork."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+
+    def read(self, path: Path, offset: int, length: int) -> bytes:
+        descriptor = self._descriptors.get(path)
+        if descriptor is None:
+            opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = self._descriptors.setdefault(path, opened)
+            if descriptor != opened:  # another thread was faster
+                os.close(opened)
+        return os.pread(descriptor, length, offset)
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_descriptors": {}}  # descriptors mean nothing in another process

@@ -1,0 +1,3 @@
+from hjepa.losses.hierarchical import HierarchicalLoss
+
+__all__ = ["HierarchicalLoss"]

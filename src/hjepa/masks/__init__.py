@@ -1,0 +1,3 @@
+from hjepa.masks.multiblock import Masks, MultiBlockMasking
+
+__all__ = ["Masks", "MultiBlockMasking"]

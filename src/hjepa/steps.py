@@ -1,0 +1,759 @@
+"""The steps of the pipeline, each a function from JSON manifests to a JSON manifest.
+
+A KFP component, a CLI subcommand and a test call the same function. Bulk bytes live in S3; what passes between steps is
+small and local. A step that has already been done for a run finds its result in S3 and returns it at once, so a retry,
+a resumed run and a re-created pod redo nothing that is finished.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from hjepa import __version__
+from hjepa.adapters import preflight
+from hjepa.adapters.lifeline import die_with_parent
+from hjepa.adapters.s3 import ObjectNotFound, S3Store
+from hjepa.adapters.tracking import MetricStream, Tracker, tracking_uri
+from hjepa.config import Config, dump_yaml, flatten, load_config, sha256_json, validate
+from hjepa.errors import HjepaError, UserError
+from hjepa.utils.logging import append_json_line, say, warn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hjepa.utils.checkpoint import SavedCheckpoint
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Json = dict[str, Any]
+
+SCHEMA = 1
+
+
+def step(function: Callable[P, T]) -> Callable[P, T]:
+    """Time a step and, inside a pipeline task, turn an error into its message, its exit code and ``error.json``."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        in_task = os.environ.get("_KFP_RUNTIME") == "true"
+        if in_task:
+            die_with_parent()
+        started = time.monotonic()
+        try:
+            return function(*args, **kwargs)
+        except HjepaError as error:
+            report_error(function.__name__, error)
+            if not in_task:
+                raise
+            say(f"{function.__name__} failed: {error}")
+            raise SystemExit(error.exit_code) from None
+        finally:
+            if timings := os.environ.get("HJEPA_TIMINGS_FILE"):
+                seconds = round(time.monotonic() - started, 3)
+                append_json_line(Path(timings), {"step": function.__name__, "seconds": seconds})
+
+    return wrapper
+
+
+def report_error(name: str, error: HjepaError) -> None:
+    """Leave the reason where a parent process finds it."""
+    if path := os.environ.get("HJEPA_ERROR_FILE"):
+        content = {"step": name, "kind": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
+        Path(path).write_text(json.dumps(content), "utf-8")
+
+
+def code_version() -> str:
+    """Package version and, in a checkout, the commit, with ``-dirty`` if files differ from it."""
+    if fixed := os.environ.get("HJEPA_CODE_VERSION"):
+        return fixed
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return __version__
+    try:
+        sha = _git(root, "rev-parse", "--short=12", "HEAD")
+        dirty = "-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else ""
+    except (OSError, subprocess.CalledProcessError):
+        return __version__
+    return f"{__version__}+{sha}{dirty}"
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+# -- what a step starts from -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the pipeline, as ``resolve_config`` fixed it."""
+
+    name: str
+    config: Config
+    mlflow_run_id: str
+    tracking_uri: str
+
+    @classmethod
+    def read(cls, path: str | Path) -> Run:
+        content = read_manifest(path, "resolved")
+        run = content["run"]
+        return cls(run["name"], validate(content["config"]), run["mlflow_run_id"], run["tracking_uri"])
+
+    @functools.cached_property
+    def store(self) -> S3Store:
+        return S3Store.from_config(self.config.storage)
+
+    @functools.cached_property
+    def tracker(self) -> Tracker:
+        return Tracker.attach(self.tracking_uri, self.mlflow_run_id)
+
+    def key(self, name: str) -> str:
+        return f"runs/{self.name}/{name}"
+
+    def finished(self, name: str, inputs: Json) -> Json | None:
+        """The recorded result of a step of this run, if it was made from the same inputs."""
+        try:
+            record = self.store.get_json(self.key(f"steps/{name}.json"))
+        except ObjectNotFound:
+            return None
+        if record["inputs"] != sha256_json(inputs):
+            return None
+        say(f"{name}: already done for run {self.name}, nothing to do")
+        result: Json = record["result"]
+        return result
+
+    def record(self, name: str, inputs: Json, result: Json) -> None:
+        self.store.put_json(self.key(f"steps/{name}.json"), {"inputs": sha256_json(inputs), "result": result})
+
+
+def read_manifest(path: str | Path, kind: str) -> Json:
+    """A manifest that an earlier step wrote.
+
+    Raises:
+        UserError: it is missing or was written by a newer version.
+    """
+    try:
+        content: Json = json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the {kind} manifest {path}: {error}. Run the step that makes it first.") from None
+    if content.get("schema") != SCHEMA:
+        raise UserError(f"the {kind} manifest {path} has schema {content.get('schema')}, this version reads {SCHEMA}")
+    return content
+
+
+def write_manifest(path: str | Path, content: Mapping[str, Any]) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(content, indent=1), "utf-8")
+
+
+# -- resolve_config --------------------------------------------------------------------------------------------------
+
+
+@step
+def resolve_config(
+    *,
+    config: str,
+    overrides: Sequence[str],
+    settings: Mapping[str, str],
+    run: str,
+    resolved_path: str,
+) -> None:
+    """Validate the configuration, check that the run can succeed, and create its MLflow run.
+
+    Args:
+        config: A packaged configuration's name, a file, or YAML text.
+        overrides: ``section.key=value`` strings.
+        settings: Dotted key -> text, laid over the overrides; an empty text keeps what the configuration says.
+        run: Name of the run; the same name goes on with the same run.
+        resolved_path: Where the resolved run is written.
+
+    Raises:
+        UserError: for every mistake in the configuration, or every failed preflight check, at once.
+    """
+    quoted = [f"{key}={json.dumps(value)}" for key, value in settings.items() if value]
+    tree = load_config(config, [*overrides, *quoted])
+    preflight.require(preflight.check(tree))
+    uri = tracking_uri(tree.tracking.uri)
+    tags = {"hjepa.config_digest": tree.digest, "hjepa.code_version": code_version()}
+    tags |= {
+        f"hjepa.{name}": value for name in ("kfp_run_id", "image_digest") if (value := os.environ.get(name.upper()))
+    }
+    tracker = Tracker.create_or_resume(
+        tree.tracking,
+        experiment=tree.logging.experiment_name,
+        run_name=run,
+        tags=tags,
+        params=flatten(tree),
+    )
+    say(f"MLflow run: {tracker.url}")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(dump_yaml(tree), "utf-8")
+        tracker.log_artifact(path)
+    write_manifest(
+        resolved_path,
+        {
+            "schema": SCHEMA,
+            "run": {"name": run, "mlflow_run_id": tracker.run_id, "mlflow_url": tracker.url, "tracking_uri": uri},
+            "config": tree.model_dump(mode="json"),
+            "config_digest": tree.digest,
+        },
+    )
+
+
+# -- prepare_data ----------------------------------------------------------------------------------------------------
+
+
+@step
+def prepare_data(*, resolved_path: str, dataset_path: str) -> None:
+    """Turn the source into verified shards in S3, or find that they are there already.
+
+    Raises:
+        UserError: no such source, or too many of its files cannot be read.
+    """
+    from hjepa.data import prepare
+    from hjepa.data.datasets import open_source
+
+    run = Run.read(resolved_path)
+    inputs = {"data": run.config.data.model_dump(mode="json")}
+    if (manifest := run.finished("prepare_data", inputs)) is None:
+        started = time.monotonic()
+        sent_before = run.store.bytes_sent
+        source = open_source(run.config.data)
+        say(f"source: {source.name}, {source.detail}")
+        for note in source.notes:
+            say(f"note: {note}")
+        known = f"datasets/{source.name}/recipes/{prepare.prepared_key(source, run.config.data)[:16]}.json"
+        try:
+            manifest = run.store.get_json(run.store.get_json(known)["dataset"])
+        except ObjectNotFound:
+            manifest = _prepare_and_upload(run, source)
+            # Written after the data set is complete: whoever finds the recipe finds all of it.
+            run.store.put_json(known, {"dataset": f"{run.store.key_of(manifest['uri'])}/dataset.json"})
+        manifest |= {
+            "bytes_uploaded": run.store.bytes_sent - sent_before if manifest.pop("fresh", False) else 0,
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        run.record("prepare_data", inputs, manifest)
+    run.tracker.set_tags({"hjepa.dataset": manifest["name"], "hjepa.dataset_digest": manifest["digest"]})
+    run.tracker.log_dataset(manifest["name"], manifest["digest"][:16], manifest["uri"], "training")
+    write_manifest(dataset_path, manifest)
+    counts = ", ".join(f"{split['samples']:,} {name}" for name, split in manifest["splits"].items())
+    quarantine = manifest["quarantine"]["total"]
+    say(
+        f"data set {manifest['name']} {manifest['digest'][:16]}: {counts} images, {quarantine} quarantined, "
+        f"{manifest['bytes_uploaded']:,} bytes uploaded"
+    )
+
+
+def _prepare_and_upload(run: Run, source: Any) -> Json:
+    from hjepa.data import prepare
+
+    cache = _shard_cache(run.config)
+    with tempfile.TemporaryDirectory(dir=cache.parent, prefix="prepare-") as workdir:
+        prepared = prepare.prepare(source, run.config.data, Path(workdir), progress=lambda state: say(str(state)))
+        folder = f"datasets/{source.name}/{prepared.manifest['digest'][:16]}"
+        done = 0
+        for file in prepared.files:
+            sent = run.store.put_file(f"{folder}/{file.key}", file.path, sha256=file.sha256)
+            done += sent
+            say(f"uploaded {file.key}: {sent:,} bytes" if sent else f"{file.key} is already in the store")
+            # What was just made need not be downloaded by the next step on this machine.
+            os.replace(file.path, cache / file.sha256)
+        manifest: Json = {**prepared.manifest, "uri": run.store.uri(folder)}
+        run.store.put_json(f"{folder}/dataset.json", manifest)
+    return manifest | {"fresh": True}
+
+
+def _shard_cache(config: Config) -> Path:
+    folder = Path(config.data.cache_dir).expanduser() / "shards"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _open_split(run: Run, manifest: Json, split: str) -> Any:
+    """A data set whose shards come from S3 through a local cache that trusts nothing but their checksums."""
+    from hjepa.data.loader import ShardDataset
+    from hjepa.export import file_sha256
+
+    cache, folder = _shard_cache(run.config), run.store.key_of(manifest["uri"])
+    files = [*manifest["splits"][split]["shards"], manifest["splits"][split]["index"]]
+    checksums = {file["key"]: file["sha256"] for file in files}
+
+    def fetch(key: str) -> Path:
+        path: Path = cache / checksums[key]
+        if path.exists() and file_sha256(path) != checksums[key]:
+            warn(f"the cached copy of {key} is damaged and is fetched again")
+            path.unlink()
+        if not path.exists():
+            run.store.download(f"{folder}/{key}", path, sha256=checksums[key])
+        return path
+
+    return ShardDataset(manifest, split, fetch)
+
+
+def _eval_batches(config: Config, images: Any, limit: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Evaluation views uint8 (b, C, S, S) and labels (b,), -1 for none, of the first ``limit`` images."""
+    import torch
+
+    from hjepa.data.loader import EvalLoader
+
+    loader = EvalLoader(
+        images,
+        batch_size=config.evaluation.batch_size,
+        image_size=config.data.image_size,
+        channels=config.data.channels,
+        num_workers=config.data.num_workers,
+        limit=limit,
+    )
+    for batch in loader:
+        yield batch.images, torch.from_numpy(batch.labels)
+
+
+# -- train -----------------------------------------------------------------------------------------------------------
+
+
+@step
+def train(*, resolved_path: str, dataset_path: str, checkpoint_path: str, resume: str = "auto") -> None:
+    """Train, or go on from the run's newest checkpoint, here or in S3; the chosen checkpoint ends up in S3.
+
+    Raises:
+        PreemptedError: told to stop; the state is saved here and in S3.
+        FutileRetryError: collapsed or diverged.
+    """
+    run = Run.read(resolved_path)
+    dataset = read_manifest(dataset_path, "dataset")
+    inputs = {"config": run.config.digest, "dataset": dataset["digest"]}
+    if (manifest := run.finished("train", inputs)) is None:
+        manifest = _train(run, dataset, resume)
+        run.record("train", inputs, manifest)
+    write_manifest(checkpoint_path, manifest)
+    say(f"checkpoint: step {manifest['step']}, {manifest['images_seen']:,} images seen, {manifest['uri']}")
+
+
+def _train(run: Run, dataset: Json, resume: str) -> Json:
+    import torch
+
+    from hjepa.data.loader import TrainLoader
+    from hjepa.distributed import World
+    from hjepa.losses import HierarchicalLoss
+    from hjepa.masks import MultiBlockMasking
+    from hjepa.models import HJEPAModel
+    from hjepa.trainers import HJEPATrainer, create_optimizer
+    from hjepa.utils import MetricsLogger
+
+    config, world = run.config, World.from_environment()
+    images = _open_split(run, dataset, "train")
+    labelled = dataset["splits"]["train"]["per_class"] is not None
+    config = _with_metric(config, labelled)
+    folder = Path(config.checkpoint.checkpoint_dir) / run.name
+    uploads = CheckpointUploads(run, dataset, folder, keep_best_n=config.checkpoint.keep_best_n)
+    uploads.fetch_newer()
+
+    torch.manual_seed(config.seed)
+    model = HJEPAModel(config)
+    loader = TrainLoader(
+        images,
+        batch_size=config.training.batch_size,
+        seed=config.seed,
+        image_size=config.data.image_size,
+        channels=config.data.channels,
+        crop_scale=config.data.crop_scale,
+        horizontal_flip=config.data.horizontal_flip,
+        num_workers=config.data.num_workers,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    logs = Path(config.logging.log_dir) / run.name
+    stream = MetricStream(run.tracking_uri, run.mlflow_run_id, logs / "metrics.jsonl")
+    logger = MetricsLogger(
+        run.name,
+        logs / "tensorboard",
+        flatten(config),
+        use_wandb=config.logging.wandb.enabled and world.is_main,
+        use_tensorboard=config.logging.tensorboard.enabled and world.is_main,
+        wandb_project=config.logging.wandb.project,
+        sinks=[stream],
+    )
+    trainer = HJEPATrainer(
+        model,
+        loader,
+        None,
+        create_optimizer(model, config),
+        HierarchicalLoss(config),
+        MultiBlockMasking(config),
+        config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"checkpoint_dir": str(folder)})}),
+        config.training.device,
+        resume,
+        logger=logger,
+        probe=make_probe(config, images, dataset, labelled),
+        on_saved=uploads.upload,
+    )
+    try:
+        trainer.train()
+    finally:
+        _close_stream(stream, logs / "metrics.jsonl", run)
+        _upload_logs(run, logs)
+    return uploads.best(config.checkpoint.metric, config.checkpoint.mode)
+
+
+def _with_metric(config: Config, labelled: bool) -> Config:
+    """``checkpoint.metric: auto`` made explicit: online k-NN where there are labels, effective rank where not."""
+    if config.checkpoint.metric != "auto":
+        return config
+    metric = "probe/knn_top1" if labelled else "collapse/rankme"
+    return config.model_copy(
+        update={"checkpoint": config.checkpoint.model_copy(update={"metric": metric, "mode": "max"})}
+    )
+
+
+def make_probe(config: Config, images: Any, dataset: Json, labelled: bool) -> Callable[[Any], dict[str, float]]:
+    """Measures an encoder on a fixed set: the first images of the *training* split, never a test image.
+
+    Collapse measures on n = ``collapse.probe_samples`` images; where there are labels also a k-NN that classifies the
+    next n/2 images by those n.
+    """
+    import torch
+
+    from hjepa.data.transforms import normalize
+    from hjepa.evaluation import knn
+    from hjepa.models import HierarchicalEncoder
+    from hjepa.utils.collapse import collapse_metrics
+
+    bank = min(config.collapse.probe_samples, len(images) * 2 // 3)
+    count = bank + bank // 2
+    mean, std = dataset["statistics"]["mean"], dataset["statistics"]["std"]
+    pairs = list(_eval_batches(config, images, count))  # small, and read once instead of every epoch
+    labels = torch.cat([label for _, label in pairs]) if labelled else None
+
+    def probe(vit: Any) -> dict[str, float]:
+        encoder = HierarchicalEncoder(vit, num_levels=config.model.num_levels)
+        device = vit.positions.device
+        with torch.inference_mode():
+            parts = [encoder.embed(normalize(batch.to(device), mean, std)) for batch, _ in pairs]
+        tables = {level: torch.cat([part[level] for part in parts]).float().cpu() for level in parts[0]}
+        found = {f"collapse/{name}": value for name, value in collapse_metrics(tables["all"][:bank]).items()}
+        if labels is not None and len(labels) > bank:
+            scores = knn.evaluate(
+                tables["all"][:bank],
+                labels[:bank],
+                tables["all"][bank:],
+                labels[bank:],
+                config.evaluation,
+                len(dataset["classes"]),
+            )
+            found |= {f"probe/{name}": value for name, value in scores.items()}
+        return found
+
+    return probe
+
+
+class CheckpointUploads:
+    """The run's checkpoints in S3: ``runs/<run>/checkpoints/<step>/``, each visible once its manifest is written."""
+
+    def __init__(self, run: Run, dataset: Json, folder: Path, *, keep_best_n: int):
+        self.run, self.dataset, self.folder, self.keep_best_n = run, dataset, folder, keep_best_n
+
+    def manifests(self) -> list[Json]:
+        """Of all complete uploads, oldest first."""
+        found = [item.key for item in self.run.store.list(self.run.key("checkpoints/")) if item.key.endswith(".json")]
+        return sorted((self.run.store.get_json(key) for key in found), key=lambda item: int(item["step"]))
+
+    def fetch_newer(self) -> None:
+        """Download the newest checkpoint if this machine has none: the pod was re-created elsewhere."""
+        from hjepa.utils.checkpoint import LATEST
+
+        manifests = self.manifests()
+        if manifests and not (self.folder / LATEST).exists():
+            newest = manifests[-1]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            key = self.run.store.key_of(newest["uri"])
+            self.run.store.download(key, self.folder / LATEST, sha256=newest["sha256"])
+            say(f"fetched the checkpoint of step {newest['step']} from {newest['uri']}")
+
+    def upload(self, saved: SavedCheckpoint) -> None:
+        """Called off the training thread. An outage costs this upload, not the run: the next save sends its own."""
+        try:
+            self._upload(saved)
+        except HjepaError as error:
+            warn(f"checkpoint of step {saved.step} stays on this machine for now: {error}")
+
+    def _upload(self, saved: SavedCheckpoint) -> None:
+        from hjepa.export import file_sha256
+
+        store, config = self.run.store, self.run.config
+        key = self.run.key(f"checkpoints/{saved.step}/checkpoint.pth")
+        sha256 = file_sha256(saved.path)
+        store.put_file(key, saved.path, sha256=sha256)
+        manifest = {
+            "schema": SCHEMA,
+            "uri": store.uri(key),
+            "sha256": sha256,
+            "step": saved.step,
+            "epoch": saved.epoch,
+            "images_seen": saved.step * config.training.batch_size,
+            "metrics": saved.metrics,
+            "config_digest": config.digest,
+            "dataset_digest": self.dataset["digest"],
+            "mlflow_run_id": self.run.mlflow_run_id,
+            "run": self.run.name,
+            "code_version": code_version(),
+        }
+        store.put_json(self.run.key(f"checkpoints/{saved.step}/checkpoint.json"), manifest)
+        self._prune(saved.ranking)
+
+    def _prune(self, ranking: Sequence[int]) -> None:
+        """Keep the best N steps and the newest."""
+        *older, _ = self.manifests()
+        for manifest in older:
+            if manifest["step"] not in ranking[: self.keep_best_n]:
+                folder = self.run.key(f"checkpoints/{manifest['step']}")
+                # The manifest goes first, so that nobody finds a checkpoint that is half gone.
+                self.run.store.delete(f"{folder}/checkpoint.json")
+                self.run.store.delete(f"{folder}/checkpoint.pth")
+
+    def best(self, metric: str, mode: str) -> Json:
+        """The manifest to go on with: the best measured one by ``metric``, the newest where none has it."""
+        manifests = self.manifests()
+        if not manifests:
+            raise HjepaError(
+                f"training ended, but no checkpoint reached {self.run.store.uri(self.run.key('checkpoints/'))}; "
+                f"they are in {self.folder}. Mend the store and run the step again: it only uploads."
+            )
+        ranked = [item for item in manifests if metric in item["metrics"]]
+        if not ranked:
+            return manifests[-1]
+        return (max if mode == "max" else min)(ranked, key=lambda item: (item["metrics"][metric], item["step"]))
+
+
+def _close_stream(stream: MetricStream, journal: Path, run: Run) -> None:
+    undelivered = stream.close()
+    if undelivered:
+        warn(
+            f"{undelivered} metric records did not reach MLflow; they are in {journal}. "
+            f"Send them with: hjepa sync {journal} --run-id {run.mlflow_run_id} --uri {run.tracking_uri}"
+        )
+
+
+def _upload_logs(run: Run, logs: Path) -> None:
+    """TensorBoard events and the metrics journal, next to the checkpoints; missing them fails nothing."""
+    from hjepa.export import file_sha256
+
+    for path in sorted(item for item in logs.rglob("*") if item.is_file()):
+        try:
+            run.store.put_file(run.key(str(path.relative_to(logs))), path, sha256=file_sha256(path))
+        except HjepaError as error:
+            warn(f"{path} is not uploaded: {error}")
+
+
+# -- export ----------------------------------------------------------------------------------------------------------
+
+
+@step
+def export_checkpoint(*, resolved_path: str, dataset_path: str, checkpoint_path: str, model_path: str) -> None:
+    """Turn the chosen checkpoint into an export in S3, read it back, and check it against the training code.
+
+    Raises:
+        HjepaError: the export's embeddings differ from the checkpoint's by more than ``export.tolerance``.
+    """
+    run = Run.read(resolved_path)
+    dataset = read_manifest(dataset_path, "dataset")
+    checkpoint = read_manifest(checkpoint_path, "checkpoint")
+    inputs = {"checkpoint": checkpoint["sha256"], "export": run.config.export.model_dump(mode="json")}
+    if (manifest := run.finished("export_checkpoint", inputs)) is None:
+        with tempfile.TemporaryDirectory() as folder:
+            manifest = _export(run, dataset, checkpoint, Path(folder))
+        run.record("export_checkpoint", inputs, manifest)
+    write_manifest(model_path, manifest)
+    say(f"export {manifest['digest'][:16]}: {manifest['uri']}, largest difference {manifest['max_abs_difference']:.1e}")
+
+
+def _export(run: Run, dataset: Json, checkpoint: Json, folder: Path) -> Json:
+    from hjepa import export
+
+    config, store, statistics = run.config, run.store, dataset["statistics"]
+    local = folder / "checkpoint.pth"
+    store.download(store.key_of(checkpoint["uri"]), local, sha256=checkpoint["sha256"])
+    encoder = export.encoder_of_checkpoint(local, config, **statistics)
+    provenance = {
+        "run": run.name,
+        "mlflow_run_id": run.mlflow_run_id,
+        "dataset": dataset["name"],
+        "dataset_digest": dataset["digest"],
+        "config_digest": config.digest,
+        "step": checkpoint["step"],
+        "images_seen": checkpoint["images_seen"],
+        "code_version": checkpoint["code_version"],
+        "weights": config.export.weights,
+    }
+    made = export.save_export(encoder, folder / "made", config=config, provenance=provenance)
+    name = config.tracking.registered_model
+    key = f"models/{name}/{made['digest'][:16]}"
+    for file, facts in made["files"].items():
+        store.put_file(f"{key}/{file}", folder / "made" / file, sha256=facts["sha256"])
+        store.download(f"{key}/{file}", folder / "back" / file, sha256=facts["sha256"])
+    images = _open_split(run, dataset, "train")
+    batch, _ = next(_eval_batches(config, images, 64))
+    difference = export.max_abs_difference(encoder, export.load_export(folder / "back"), batch)
+    if not difference <= config.export.tolerance:
+        raise HjepaError(
+            f"the exported encoder differs from the checkpoint by {difference:.2e}, "
+            f"more than export.tolerance={config.export.tolerance:g}"
+        )
+    manifest: Json = {
+        "schema": SCHEMA,
+        "uri": store.uri(key),
+        **made,
+        "checkpoint": checkpoint,
+        "max_abs_difference": difference,
+    }
+    store.put_json(f"{key}/model.json", manifest)
+    return manifest
+
+
+# -- evaluate --------------------------------------------------------------------------------------------------------
+
+
+@step
+def evaluate(*, resolved_path: str, dataset_path: str, model_path: str, evaluation_path: str) -> dict[str, float]:
+    """Probe the exported encoder beside an untrained one of the same shape and seed, and raw pixels, on one split.
+
+    Returns:
+        The flat metrics, as they are logged to MLflow.
+    """
+    run = Run.read(resolved_path)
+    dataset = read_manifest(dataset_path, "dataset")
+    model = read_manifest(model_path, "model")
+    inputs = {
+        "model": model["digest"],
+        "dataset": dataset["digest"],
+        "evaluation": run.config.evaluation.model_dump(mode="json"),
+    }
+    if (manifest := run.finished("evaluate", inputs)) is None:
+        with tempfile.TemporaryDirectory() as folder:
+            manifest = _evaluate(run, dataset, model, Path(folder))
+        run.record("evaluate", inputs, manifest)
+    metrics: dict[str, float] = manifest["metrics"]
+    run.tracker.log_metrics_now(metrics, model["checkpoint"]["images_seen"])
+    columns = {name: [row.get(name, "") for row in manifest["table"]] for name in manifest["table"][0]}
+    run.tracker.log_table("evaluation.json", columns)
+    write_manifest(evaluation_path, manifest)
+    return metrics
+
+
+def _evaluate(run: Run, dataset: Json, model: Json, folder: Path) -> Json:
+    from hjepa import evaluation, export
+    from hjepa.distributed import World, pick_device
+    from hjepa.utils.collapse import collapse_metrics
+
+    config = run.config
+    key = run.store.key_of(model["uri"])
+    for file, facts in model["files"].items():
+        run.store.download(f"{key}/{file}", folder / file, sha256=facts["sha256"])
+    device = pick_device(config.training.device, World())
+    splits = {"train": config.evaluation.train_samples, "test": config.evaluation.test_samples}
+    present = {name: _open_split(run, dataset, name) for name in splits if name in dataset["splits"]}
+
+    def batches(split: str) -> Iterator[Any]:
+        return _eval_batches(config, present[split], splits[split])
+
+    encoders = {
+        "trained": export.load_export(folder),
+        "random init": export.untrained_encoder(config, **dataset["statistics"]),
+    }
+    labelled = "test" in present and all(dataset["splits"][name]["per_class"] is not None for name in splits)
+    table: list[Json] = []
+    metrics: dict[str, float] = {}
+    for name, encoder in encoders.items():
+        say(f"embedding with the {name} encoder")
+        features = {split: evaluation.extract(encoder, batches(split), device) for split in present}
+        judged = features["test" if "test" in present else "train"].tables
+        quality = {level: collapse_metrics(judged[level][:5000]) for level in judged}
+        if labelled:
+            rows = evaluation.evaluate_features(
+                name, **features, config=config.evaluation, num_classes=len(dataset["classes"])
+            )
+        else:
+            rows = [{"encoder": name, "level": level} for level in judged]
+        table += [{**row, **quality[str(row["level"])]} for row in rows]
+    if labelled:
+        say("judging raw pixels")
+        pixels = {split: evaluation.raw_pixels(batches(split), config.data.image_size) for split in present}
+        table += evaluation.evaluate_features(
+            "raw pixels", **pixels, config=config.evaluation, num_classes=len(dataset["classes"])
+        )
+    else:
+        say("the data set has no labels in both splits: label-free measures only, no k-NN and no linear probe")
+    prefixes = {"trained": "eval", "random init": "baseline/random", "raw pixels": "baseline/pixels"}
+    for row in table:
+        level = row["level"] if row["level"] in {"all", "-"} else f"level_{row['level']}"
+        prefix = prefixes[row["encoder"]] + ("" if level in {"all", "-"} else f"/{level}")
+        metrics |= {f"{prefix}/{key}": value for key, value in row.items() if key not in {"encoder", "level"}}
+    for name in ("knn_top1", "linear_top1"):
+        if f"eval/{name}" in metrics:
+            metrics[f"gain/{name}"] = metrics[f"eval/{name}"] - metrics[f"baseline/random/{name}"]
+    primary = config.evaluation.primary_metric if labelled else "eval/rankme"
+    if primary not in metrics:
+        raise UserError(
+            f"evaluation.primary_metric={primary} is not measured; choose one of {', '.join(sorted(metrics))}"
+        )
+    sizes = {
+        name: min(limit or len(split), len(split))
+        for (name, limit), split in zip(splits.items(), present.values(), strict=False)
+    }
+    return {
+        "schema": SCHEMA,
+        "primary_metric": {"name": primary, "value": metrics[primary]},
+        "metrics": metrics,
+        "table": table,
+        "split": {**sizes, "dataset_digest": dataset["digest"]},
+        "model_digest": model["digest"],
+    }
+
+
+# -- register --------------------------------------------------------------------------------------------------------
+
+
+@step
+def register_model(*, resolved_path: str, model_path: str, evaluation_path: str, registration_path: str) -> Json:
+    """Register a version of the model, and make it the champion if it is better by more than the margin.
+
+    Returns:
+        The registration: name, version, alias, reason, URL.
+
+    Raises:
+        HjepaError: MLflow cannot be reached; unlike tracking, registration fails loudly.
+    """
+    from hjepa.adapters import registry
+
+    run = Run.read(resolved_path)
+    model = read_manifest(model_path, "model")
+    evaluation = read_manifest(evaluation_path, "evaluation")
+    with tempfile.TemporaryDirectory() as folder:
+        key = run.store.key_of(model["uri"])
+        for file, facts in model["files"].items():
+            run.store.download(f"{key}/{file}", Path(folder) / file, sha256=facts["sha256"])
+        registration = registry.register(
+            run.tracker,
+            name=run.config.tracking.registered_model,
+            export_dir=Path(folder),
+            model=model,
+            evaluation=evaluation,
+            margin=run.config.tracking.champion_margin,
+            primary_metric=evaluation["primary_metric"]["name"],
+        )
+    run.tracker.finish()
+    result = {"schema": SCHEMA, **asdict(registration), "mlflow_run_url": run.tracker.url}
+    write_manifest(registration_path, result)
+    say(f"{registration.name} version {registration.version} is {registration.alias}: {registration.reason}")
+    return result

@@ -1,0 +1,61 @@
+"""The real servers that integration tests share: started once per session, on free ports, in a temporary folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hjepa.adapters.s3 import S3Store
+from hjepa.adapters.stack import BUCKET, Stack
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A running S3 and MLflow server. Tests that stop or break servers start a stack of their own."""
+    stack = Stack(tmp_path_factory.mktemp("stack"))
+    try:
+        stack.up()
+        yield stack
+    finally:
+        stack.down()
+
+
+@pytest.fixture(scope="session")
+def stack_environment(stack: Stack) -> Iterator[dict[str, str]]:
+    """The variables that point boto3, MLflow and hjepa at the stack, set in this process and so in its children."""
+    variables = stack.environment()
+    before = {key: os.environ.get(key) for key in variables}
+    os.environ.update(variables)
+    try:
+        yield variables
+    finally:
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
+
+
+@pytest.fixture
+def store(stack_environment: dict[str, str]) -> S3Store:
+    """An empty store: a prefix of its own in the stack's bucket."""
+    return S3Store(f"s3://{BUCKET}/tests/{uuid.uuid4().hex}")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip("a small file system can only be mounted by root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
