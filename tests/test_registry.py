@@ -185,11 +185,17 @@ def test_register__version_says_where_it_comes_from(shelf: Shelf, tmp_path: Path
     assert float(version.tags["hjepa.primary_value"]) == 0.8123
     assert version.tags["hjepa.decision"] == "champion"
     assert version.tags["hjepa.reason"] == done.reason
-    for text in ("0.8123", "12,800 images", "level 1: 2x2 cells, 16 numbers", "raw pixels | - | 0.7900 | - |"):
+    for text in (
+        "0.8123",
+        "12,800 images",
+        "Level 0: 4x4 cells, 16 numbers; level 1: 2x2 cells",
+        "raw pixels | - | 0.7900 | - |",
+    ):
         assert text in version.description
     assert f"#/models/{shelf.name}/versions/1?workflowType=machine_learning" in done.url
-    assert client.get_run(version.run_id).outputs.model_outputs[0].model_id == version.model_id
-    logged = client.get_logged_model(version.model_id)
+    [output] = client.get_run(version.run_id).outputs.model_outputs
+    assert version.source == f"models:/{output.model_id}"
+    logged = client.get_logged_model(output.model_id)
     assert logged.status == "READY"
     assert {item.key: item.value for item in logged.metrics}[METRIC] == 0.8123
 
@@ -216,6 +222,7 @@ def test_register__loads_in_a_fresh_process_without_pickle(shelf: Shelf, tmp_pat
     command = [sys.executable, "-c", code, f"models:/{shelf.name}@champion"]
     ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
+    assert "WARNING" not in ran.stderr
     for level in ("all", 1):
         got = np.load(tmp_path / f"{level}.npy")
         want = expected(shelf.folder, images(), level)
@@ -292,7 +299,7 @@ def test_fetch_export__every_way_of_naming_a_version(shelf: Shelf) -> None:
         for uri in (
             f"models:/{shelf.name}@champion",
             f"models:/{shelf.name}/1",
-            f"models:/{version.model_id}",
+            version.source,
             f"runs:/{version.run_id}/encoder",
         )
     }
@@ -300,6 +307,12 @@ def test_fetch_export__every_way_of_naming_a_version(shelf: Shelf) -> None:
     [folder] = found
     assert file_sha256(folder / "model.safetensors") == shelf.model["files"]["model.safetensors"]["sha256"]
     assert load_export(folder).levels == [0, 1]
+
+
+def test_fetch_export__run_without_an_encoder_says_so(shelf: Shelf) -> None:
+    run = open_run(f"{shelf.name}-without")
+    with pytest.raises(UserError, match="no encoder that hjepa registered"):
+        fetch_export(f"runs:/{run.run_id}/encoder")
 
 
 def test_fetch_export__s3_is_kept_in_the_cache_and_mended_if_damaged(shelf: Shelf, store: S3Store) -> None:
@@ -340,6 +353,8 @@ def test_fetch_export__local_folder_is_verified_if_it_has_a_manifest(tmp_path: P
     [
         ("models:/no-such-model@champion", "has no models:/no-such-model@champion"),
         ("models:/no-such-model/1", "has no models:/no-such-model/1"),
+        ("models:/m-0123", "has no models:/m-0123"),
+        ("runs:/0123/encoder", "has no runs:/0123/encoder"),
         ("models:/name", "expected models:/name@alias"),
         ("https://example.com/model", "expected models:/name@alias"),
         ("no/such/folder", "no exported encoder in no/such/folder"),

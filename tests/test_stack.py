@@ -171,10 +171,15 @@ def test_kill_mlflow__up_again_has_runs_and_artifacts(own: Stack, monkeypatch: p
         mlflow.log_dict({"kept": True}, "kept.json")
     before = own.status()
     assert before.mlflow.pid is not None
-    os.kill(before.mlflow.pid, signal.SIGKILL)  # the worker behind it lives on and holds the port
+    os.kill(before.mlflow.pid, signal.SIGKILL)
+    orphan = own.up().mlflow_pid  # its worker still serves and holds the port: nothing to start
+    assert orphan != before.mlflow.pid
+    os.kill(orphan, signal.SIGKILL)
+    wait_for(lambda: not own.status().mlflow.running)
 
     info = own.up()
     assert (info.mlflow_uri, info.s3_pid) == (before.mlflow.url, before.s3.pid)
+    assert info.mlflow_pid not in {before.mlflow.pid, orphan}
     assert mlflow.get_run(run.info.run_id).data.metrics == {"loss": 0.5}
     assert mlflow.artifacts.load_dict(f"runs:/{run.info.run_id}/kept.json") == {"kept": True}
 
@@ -295,7 +300,7 @@ def test_never_started__status_down_and_environment(tmp_path: Path) -> None:
     assert not status.healthy
     assert (status.s3.running, status.s3.url, status.mlflow.port) == (False, None, None)
     stack.down()
-    with pytest.raises(HjepaError, match="there is no stack in .*; start one with `hjepa stack up`"):
+    with pytest.raises(HjepaError, match=r"there is no stack in .*; start one with `hjepa stack up`"):
         stack.environment()
     assert not stack.home.exists()
 

@@ -186,6 +186,7 @@ def register(
                 run_id=tracker.run_id,
                 model_id=model_id,
                 tags={RUN_TAG: run_name, _EXPORT_TAG: str(model["digest"]), **score.tags},
+                await_creation_for=0,
             )
         number = int(version.version)
         alias, reason = _decided(client, name, version, score, margin)
@@ -261,7 +262,7 @@ def _log_model(
     ramp = np.add.outer(np.arange(pixels), np.arange(pixels)) * 255 // max(1, 2 * pixels - 2)
     example = np.broadcast_to(ramp.reshape(1, pixels, pixels, *([1] * len(colour))), (1, pixels, pixels, *colour))
     signature = ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, -1, -1, *colour), "images")]),
+        inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, -1, -1, *colour))]),
         outputs=Schema([TensorSpec(np.dtype("float32"), (-1, -1))]),
         params=ParamSchema([ParamSpec("level", "string", "all")]),
     )
@@ -322,6 +323,7 @@ def describe(
         for item in model["levels"]
     )
     preprocessing, checkpoint = model["preprocessing"], model["checkpoint"]
+    colours = "grey" if preprocessing["channels"] == 1 else "RGB"
     split = evaluation["split"]
     rows = [
         "| encoder | level | k-NN top-1 | linear top-1 |",
@@ -336,7 +338,7 @@ def describe(
             f"**{decision}**",
             "",
             f"Encoder of run `{run_name}` after {int(checkpoint['images_seen']):,} images "
-            f"({preprocessing['image_size']} pixels, {preprocessing['channels']} channels). {levels}.",
+            f"({preprocessing['image_size']} pixels, {colours}). {levels[0].upper()}{levels[1:]}.",
             "",
             f"Measured on dataset `{str(split['dataset_digest'])[:12]}`, {split['train']:,} labelled and "
             f"{split['test']:,} test images:",
@@ -468,31 +470,44 @@ def _mlflow_reader(uri: str) -> Callable[[str, Path], None]:
     def read(name: str, folder: Path) -> None:
         from mlflow.artifacts import download_artifacts
 
-        with http_patience(timeout_seconds=120, retries=3), server_errors(server, f"fetch {name} of {uri}"):
-            download_artifacts(artifact_uri=f"{base}/{_EXPORT}/{name}", dst_path=str(folder), tracking_uri=server)
+        with (
+            tempfile.TemporaryDirectory(dir=folder) as temporary,
+            http_patience(timeout_seconds=120, retries=3),
+            server_errors(server, f"fetch {name} of {uri}"),
+        ):
+            found = download_artifacts(artifact_uri=f"{base}/{_EXPORT}/{name}", dst_path=temporary, tracking_uri=server)
+            Path(found).replace(folder / name)
 
     return read
 
 
 def _artifacts_of(server: str, uri: str) -> str:
-    """The URI below which MLflow keeps the files of a model: an alias may move between two reads, this does not."""
+    """Where MLflow keeps the files of a model: an alias may move between two reads, this does not."""
     from mlflow import MlflowClient
+    from mlflow.artifacts import list_artifacts
     from mlflow.exceptions import MlflowException
 
     client = MlflowClient(tracking_uri=server, registry_uri=server)
-    by_alias = re.fullmatch(r"models:/([^/@]+)@([^/@]+)", uri)
-    by_number = re.fullmatch(r"models:/([^/@]+)/(\d+)", uri)
+    alias = re.fullmatch(r"models:/([^/@]+)@([^/@]+)", uri)
+    version = re.fullmatch(r"models:/([^/@]+)/(\d+)", uri)
+    logged = re.fullmatch(r"models:/(m-\w+)", uri)
     try:
-        if by_alias:
-            version = client.get_model_version_by_alias(*by_alias.groups())
-        elif by_number:
-            version = client.get_model_version(*by_number.groups())
-        elif re.fullmatch(r"models:/m-\w+|runs:/\w+/.+", uri):
-            return uri
+        if alias:
+            name, number = alias[1], client.get_model_version_by_alias(alias[1], alias[2]).version
+            base = str(client.get_model_version_download_uri(name, number))
+        elif version:
+            base = str(client.get_model_version_download_uri(version[1], version[2]))
+        elif logged:
+            base = str(client.get_logged_model(logged[1]).artifact_location)
+        elif re.fullmatch(r"runs:/\w+/.+", uri):
+            base = uri
         else:
             raise UserError(f"cannot read {uri!r}: expected models:/name@alias, models:/name/1 or runs:/run_id/encoder")
+        files = list_artifacts(artifact_uri=f"{base}/{_EXPORT}", tracking_uri=server)
     except MlflowException as error:
         if error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
             raise UserError(f"MLflow at {server} has no {uri}: {error.message}") from error
         raise
-    return f"models:/{version.model_id}" if version.model_id else str(version.source)
+    if _MANIFEST not in {Path(item.path).name for item in files}:
+        raise UserError(f"{uri} is no encoder that hjepa registered: it has no {_EXPORT}/{_MANIFEST}")
+    return base

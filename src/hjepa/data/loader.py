@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hjepa.data.shards import ShardReader, read_index
-from hjepa.data.transforms import decode_image, eval_view, is_random, normalize, to_channels, train_view, view_rng
+from hjepa.data.transforms import (
+    decode_image,
+    eval_view,
+    flips,
+    is_random,
+    normalize,
+    to_channels,
+    train_view,
+    view_rng,
+)
 from hjepa.errors import HjepaError, UserError
 
 Fetch = Callable[[str], Path]
@@ -102,7 +112,7 @@ class ShardDataset:
             for i in range(start, min(start + 1024, count)):
                 images[i] = self.read(i)[0]
 
-        with ThreadPoolExecutor() as threads:  # decoders let go of the interpreter lock
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:  # decoders let go of the interpreter lock
             for _ in threads.map(fill, range(0, count, 1024)):
                 pass
         return images
@@ -166,7 +176,7 @@ class TrainLoader:
     Args:
         batch_size: Global, over all ranks.
         num_workers: Decoding processes; 0 decodes in one background thread, as do sets that fit into memory and
-            whose views are not random.
+            whose views are not cropped.
         pin_memory: Put images into page-locked memory, for asynchronous copies to a GPU.
 
     Raises:
@@ -202,10 +212,11 @@ class TrainLoader:
         self.crop_scale, self.horizontal_flip = crop_scale, horizontal_flip
         self.rank, self.world_size = rank, world_size
         self.num_workers, self.pin_memory = num_workers, pin_memory
-        self._fixed_views: Tensor | None = None
-        self._decoded = _in_memory_tensor(dataset, channels)
-        if self._decoded is not None and not is_random(crop_scale, horizontal_flip):
-            self._fixed_views = eval_view(self._decoded, image_size)
+        images = dataset.in_memory()
+        self._decoded = None if images is None else to_channels(torch.from_numpy(images), channels)
+        self._uncropped: Tensor | None = None
+        if self._decoded is not None and tuple(crop_scale) == (1.0, 1.0):
+            self._uncropped = eval_view(self._decoded, image_size)
             self.num_workers = 0  # picking rows is cheaper than sending them between processes
 
     @property
@@ -237,23 +248,29 @@ class TrainLoader:
         )
 
     def _views(self, samples: NDArray[np.int64], epochs: NDArray[np.int64]) -> Tensor:
-        if self._fixed_views is not None:
-            return self._fixed_views[torch.from_numpy(samples)]
+        rngs = [
+            view_rng(self.seed, epoch, sample) if is_random(self.crop_scale, self.horizontal_flip) else None
+            for sample, epoch in zip(samples.tolist(), epochs.tolist(), strict=True)
+        ]
+        if self._uncropped is not None:
+            views = self._uncropped[torch.from_numpy(samples)]
+            flipped = torch.tensor([rng is not None and flips(rng) for rng in rngs], dtype=torch.bool)
+            return torch.where(flipped[:, None, None, None], views.flip(-1), views) if flipped.any() else views
         views = torch.empty((len(samples), self.channels, self.image_size, self.image_size), dtype=torch.uint8)
-        random = is_random(self.crop_scale, self.horizontal_flip)
-        for k, (sample, epoch) in enumerate(zip(samples.tolist(), epochs.tolist(), strict=True)):
-            if self._decoded is not None:
-                image = self._decoded[sample]
-            else:
-                image = to_channels(torch.from_numpy(self.dataset.read(sample)[0]), self.channels)
+        for k, (sample, rng) in enumerate(zip(samples.tolist(), rngs, strict=True)):
             views[k] = train_view(
-                image,
+                self._image(sample),
                 image_size=self.image_size,
                 crop_scale=self.crop_scale,
                 horizontal_flip=self.horizontal_flip,
-                rng=view_rng(self.seed, epoch, sample) if random else None,
+                rng=rng,
             )
         return views
+
+    def _image(self, sample: int) -> Tensor:
+        if self._decoded is not None:
+            return self._decoded[sample]
+        return to_channels(torch.from_numpy(self.dataset.read(sample)[0]), self.channels)
 
 
 # -- evaluation ------------------------------------------------------------------------------------------------------
@@ -352,8 +369,3 @@ def _ahead(make: Callable[[int], T], numbers: Sequence[int]) -> Iterator[T]:
             yield pending.popleft().result()
     finally:
         thread.shutdown(cancel_futures=True)
-
-
-def _in_memory_tensor(dataset: ShardDataset, channels: int) -> Tensor | None:
-    images = dataset.in_memory()
-    return None if images is None else to_channels(torch.from_numpy(images), channels)

@@ -87,9 +87,13 @@ def train_view(
         view = resize(image[:, top : top + height, left : left + width], image_size, image_size)
     if horizontal_flip:
         assert rng is not None
-        if rng.random() < 0.5:
+        if flips(rng):
             view = view.flip(-1)
     return view
+
+
+def flips(rng: np.random.Generator) -> bool:
+    return bool(rng.random() < 0.5)
 
 
 def is_random(crop_scale: tuple[float, float], horizontal_flip: bool) -> bool:

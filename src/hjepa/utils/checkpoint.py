@@ -299,10 +299,10 @@ class CheckpointManager:
             raise failure
 
     def cleanup_old_checkpoints(self, keep_last_n: int) -> None:
-        """Remove epoch files other than the ``keep_last_n`` best and the newest one."""
+        """Remove epoch files other than the ``keep_last_n`` best and the newest two: one may turn out damaged."""
         files = sorted(self.checkpoint_dir.glob("checkpoint_epoch_*.pth"))
         kept = {name for _, name, _ in self.ranking[:keep_last_n]}
-        for path in files[:-1]:
+        for path in files[:-2]:
             if path.name not in kept:
                 path.unlink(missing_ok=True)
 

@@ -1,0 +1,79 @@
+# `make` alone lists what there is. Every target sets up what it needs; a second run installs nothing.
+#
+# PYTHON=...     the interpreter for a new virtual environment (default: the first of python3, python3.13, ... that is 3.11 or later)
+# VENV=...       where the virtual environment is (default: .venv)
+# ARGS=...       more arguments for the command: make demo ARGS="--set model.num_levels=1 --keep-stack"
+# INSTALLER=pip  install with pip instead of uv
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+# Bytecode is written when a module is first imported, not at installation: most modules never are.
+unexport PYTHONDONTWRITEBYTECODE
+
+PYTHON ?=
+VENV ?= .venv
+ARGS ?=
+INSTALLER ?= uv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help setup demo test test-slow lint compile clean
+
+help: ## Show this list.
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1\t\2/p' Makefile | expand -t 17
+
+setup: $(INSTALLED) ## Make the virtual environment; the targets below do it when needed.
+	@:
+
+demo: $(INSTALLED) ## Run the whole pipeline on Fashion-MNIST.
+	@exec "$(BIN)/hjepa" run --config demo $(ARGS)
+
+test: lint ## Check style, types and imports, then run all tests that are not slow.
+	@"$(BIN)/python" -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(INSTALLED) ## Run the tests that take minutes.
+	@"$(BIN)/python" -m pytest -m slow $(ARGS)
+
+lint: $(INSTALLED) ## Check style, types and import contracts.
+	@"$(BIN)/ruff" check .
+	"$(BIN)/ruff" format --check .
+	"$(BIN)/mypy"
+	"$(BIN)/lint-imports"
+
+compile: $(INSTALLED) ## Compile the pipelines to pipelines/compiled.
+	@"$(BIN)/python" -m pipelines.pretrain
+
+clean: ## Remove the virtual environment, caches and built files; runs and their data stay.
+	@rm -rf "$(VENV)" build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache local_outputs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip is the fall-back because uv reads none of pip's settings; where pip has an index of its own, uv is not tried.
+$(INSTALLED): pyproject.toml constraints.txt
+	@suitable() { "$$1" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+	if ! "$(BIN)/python" -m pip --version >/dev/null 2>&1; then
+	    found=
+	    for candidate in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do
+	        if suitable "$$candidate"; then found=$$candidate; break; fi
+	    done
+	    if [ -z "$$found" ]; then
+	        echo "error: no suitable Python: tried $(or $(PYTHON),python3 python3.13 python3.12 python3.11)." >&2
+	        echo "It has to be 3.11 or later with the venv module (on Debian: apt install python3-venv)." >&2
+	        echo "Name one with: make PYTHON=/path/to/python3.12 $(or $(MAKECMDGOALS),setup)" >&2
+	        exit 1
+	    fi
+	    "$$found" -m venv --clear "$(VENV)"
+	fi
+	echo "Installing into $(VENV) (2.5 GB to download where nothing is cached) ..."
+	arguments=(-c constraints.txt -e '.[dev]')
+	[ -t 2 ] || arguments+=(--quiet)
+	with_uv() {
+	    [ "$(INSTALLER)" = uv ] || return 1
+	    ! "$(BIN)/pip" config list | grep -q '\.index-url=' || return 1
+	    "$(BIN)/pip" install --quiet -c constraints.txt uv &&
+	    "$(BIN)/uv" pip install --python "$(BIN)/python" "$${arguments[@]}"
+	}
+	with_uv || "$(BIN)/pip" install --no-compile "$${arguments[@]}"
+	touch "$@"

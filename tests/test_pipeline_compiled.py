@@ -1,0 +1,251 @@
+"""The compiled pipeline as a product: reproducible, strictly valid, self-describing, free of secrets."""
+
+import copy
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from google.protobuf import json_format
+from kfp import components
+from kfp.kubernetes import kubernetes_executor_config_pb2
+from kfp.pipeline_spec import pipeline_spec_pb2
+
+from hjepa.adapters import pipeline_spec
+from hjepa.adapters.pipeline_spec import CompiledPipeline
+from hjepa.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+ALL_COMPILED = sorted((ROOT / "pipelines" / "compiled").glob("*.yaml"))
+PRETRAIN = ROOT / "pipelines" / "compiled" / "pretrain.yaml"
+STEPS = ["resolve-config", "prepare-data", "train", "export-checkpoint", "evaluate", "register-model"]
+
+compiled_pipelines = pytest.mark.parametrize("path", ALL_COMPILED, ids=lambda path: path.stem)
+
+
+@pytest.fixture
+def pretrain() -> CompiledPipeline:
+    return pipeline_spec.load(PRETRAIN)
+
+
+def executors(pipeline: CompiledPipeline) -> dict[str, Any]:
+    found: dict[str, Any] = pipeline.spec["deploymentSpec"]["executors"]
+    return found
+
+
+def kubernetes(pipeline: CompiledPipeline) -> dict[str, Any]:
+    found: dict[str, Any] = pipeline.platforms["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    return found
+
+
+@compiled_pipelines
+@pytest.mark.parametrize("hash_seed", ["0", "4711"])
+def test_compiled__is_what_the_source_compiles_to(path: Path, hash_seed: str, tmp_path: Path) -> None:
+    fresh = tmp_path / path.name
+    subprocess.run(
+        [sys.executable, "-m", f"pipelines.{path.stem}", str(fresh)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONHASHSEED": hash_seed},
+        check=True,
+    )
+    assert fresh.read_bytes() == path.read_bytes(), f"python -m pipelines.{path.stem} brings {path.name} up to date"
+
+
+@compiled_pipelines
+def test_compiled__parses_strictly(path: Path) -> None:
+    documents = list(yaml.safe_load_all(path.read_text("utf-8")))
+    assert len(documents) == 2
+    json_format.ParseDict(documents[0], pipeline_spec_pb2.PipelineSpec())
+    json_format.ParseDict(documents[1], pipeline_spec_pb2.PlatformSpec())
+    for executor in documents[0]["deploymentSpec"]["executors"].values():
+        json_format.ParseDict(executor, pipeline_spec_pb2.PipelineDeploymentConfig.ExecutorSpec())
+    for config in documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values():
+        json_format.ParseDict(config, kubernetes_executor_config_pb2.KubernetesExecutorConfig())
+    assert components.load_component_from_file(str(path)).pipeline_spec.pipeline_info.name
+
+
+@compiled_pipelines
+def test_compiled__has_no_problem(path: Path) -> None:
+    assert list(pipeline_spec.find_problems(pipeline_spec.load(path))) == []
+
+
+@compiled_pipelines
+def test_compiled__every_parameter_has_type_default_and_description(path: Path) -> None:
+    parameters = pipeline_spec.load(path).parameters
+    assert parameters
+    for name, parameter in parameters.items():
+        assert parameter["parameterType"], name
+        assert "defaultValue" in parameter, name
+        assert len(parameter.get("description", "")) > 20, name
+
+
+@compiled_pipelines
+def test_compiled__images_carry_the_packages_version_and_no_registry(path: Path) -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    for executor in executors(pipeline_spec.load(path)).values():
+        assert re.fullmatch(rf"hjepa-[a-z-]+:{re.escape(version)}", executor["container"]["image"])
+
+
+@compiled_pipelines
+def test_compiled__installs_nothing_and_holds_no_secret(path: Path) -> None:
+    text = path.read_text("utf-8")
+    assert "pip install" not in text
+    assert ":latest" not in text
+    # A variable of this kind may be named (it is the key in a Secret), but has no value here.
+    for executor in executors(pipeline_spec.load(path)).values():
+        assert not any(
+            re.search("SECRET|TOKEN|KEY|PASSWORD", env["name"]) for env in executor["container"].get("env", [])
+        )
+
+
+def test_pretrain__steps_in_order(pretrain: CompiledPipeline) -> None:
+    assert pretrain.steps() == STEPS
+
+
+def test_pretrain__every_task_has_credentials_by_name_a_time_limit_and_no_cache(pretrain: CompiledPipeline) -> None:
+    for step in STEPS:
+        settings = kubernetes(pretrain)[f"exec-{step}"]
+        secrets = {secret["secretName"]: secret["optional"] for secret in settings["secretAsEnv"]}
+        assert secrets == {"hjepa-s3": False, "hjepa-mlflow": True}
+        assert int(settings["activeDeadlineSeconds"]) > 0
+        assert pretrain.tasks[step]["cachingOptions"] == {}
+
+
+def test_pretrain__training_gets_gpus_shared_memory_a_toleration_and_retries(pretrain: CompiledPipeline) -> None:
+    accelerator = executors(pretrain)["exec-train"]["container"]["resources"]["accelerator"]
+    assert accelerator["resourceType"] == "nvidia.com/gpu"
+    assert "gpus" in accelerator["resourceCount"]
+    settings = kubernetes(pretrain)["exec-train"]
+    assert settings["emptyDirMounts"] == [{"medium": "Memory", "mountPath": "/dev/shm", "volumeName": "dshm"}]
+    assert settings["tolerations"] == [{"effect": "NoSchedule", "key": "nvidia.com/gpu", "operator": "Exists"}]
+    assert pretrain.tasks["train"]["retryPolicy"]["maxRetryCount"] == 5
+
+
+def test_pretrain__run_is_named_after_the_job_by_default(pretrain: CompiledPipeline) -> None:
+    job = pretrain.tasks["resolve-config"]["inputs"]["parameters"]["job"]
+    assert job == {"runtimeValue": {"constant": "{{$.pipeline_job_resource_name}}"}}
+
+
+Change = Callable[[CompiledPipeline], None]
+
+
+def dangling_component(pipeline: CompiledPipeline) -> None:
+    pipeline.tasks["train"]["componentRef"]["name"] = "comp-nope"
+
+
+def dangling_dependency(pipeline: CompiledPipeline) -> None:
+    pipeline.tasks["train"]["dependentTasks"].append("nope")
+
+
+def dangling_producer(pipeline: CompiledPipeline) -> None:
+    pipeline.tasks["train"]["inputs"]["artifacts"]["dataset"]["taskOutputArtifact"]["producerTask"] = "nope"
+
+
+def dangling_output(pipeline: CompiledPipeline) -> None:
+    pipeline.tasks["train"]["inputs"]["artifacts"]["dataset"]["taskOutputArtifact"]["outputArtifactKey"] = "nope"
+
+
+def missing_executor(pipeline: CompiledPipeline) -> None:
+    del executors(pipeline)["exec-train"]
+
+
+def unset_artifact(pipeline: CompiledPipeline) -> None:
+    del pipeline.tasks["train"]["inputs"]["artifacts"]["dataset"]
+
+
+def unknown_task_key(pipeline: CompiledPipeline) -> None:
+    pipeline.tasks["train"]["retryPolicyy"] = {}
+
+
+def unknown_executor_key(pipeline: CompiledPipeline) -> None:
+    executors(pipeline)["exec-train"]["container"]["imagee"] = "x"
+
+
+def unknown_platform_key(pipeline: CompiledPipeline) -> None:
+    kubernetes(pipeline)["exec-train"]["toleration"] = []
+
+
+def untagged_image(pipeline: CompiledPipeline) -> None:
+    executors(pipeline)["exec-train"]["container"]["image"] = "registry.example.com:5000/hjepa-train"
+
+
+def moving_image(pipeline: CompiledPipeline) -> None:
+    executors(pipeline)["exec-train"]["container"]["image"] = "hjepa-train:latest"
+
+
+def install_at_start(pipeline: CompiledPipeline) -> None:
+    executors(pipeline)["exec-train"]["container"]["command"][2] = "python3 -m pip install torch\n"
+
+
+def secret_value(pipeline: CompiledPipeline) -> None:
+    executors(pipeline)["exec-train"]["container"]["env"] = [{"name": "AWS_SECRET_ACCESS_KEY", "value": "abc"}]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dangling_component, "root.train: no component comp-nope"),
+        (dangling_dependency, "root.train: waits for nope, which is no task"),
+        (dangling_producer, "root.train: input dataset comes from nope, which is no task"),
+        (dangling_output, "root.train: input dataset: prepare-data makes no nope"),
+        (missing_executor, "root.train: no executor exec-train"),
+        (unset_artifact, "root.train: input dataset is not set"),
+        (unknown_task_key, "retryPolicyy"),
+        (unknown_executor_key, "imagee"),
+        (unknown_platform_key, "toleration"),
+        (untagged_image, "image 'registry.example.com:5000/hjepa-train' has no tag"),
+        (moving_image, "image 'hjepa-train:latest' moves"),
+        (install_at_start, "exec-train: installs packages when it starts"),
+        (secret_value, "environment variable AWS_SECRET_ACCESS_KEY holds its value in the open"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_load__refuses(pretrain: CompiledPipeline, tmp_path: Path, change: Change, message: str) -> None:
+    broken = copy.deepcopy(pretrain)
+    change(broken)
+    path = tmp_path / "broken.yaml"
+    path.write_text(broken.to_yaml(), "utf-8")
+    with pytest.raises(UserError) as caught:
+        pipeline_spec.load(path)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a: [", "- 1\n", "a: 1\n---\nb: 1\n---\nc: 1\n", "\ud800".encode("utf-8", "surrogatepass")]
+)
+def test_load__refuses_what_is_no_pipeline(tmp_path: Path, text: str | bytes) -> None:
+    path = tmp_path / "other.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=r"other\.yaml"):
+        pipeline_spec.load(path)
+
+
+def test_load__missing_file_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read the pipeline .*nowhere\.yaml"):
+        pipeline_spec.load(tmp_path / "nowhere.yaml")
+
+
+def test_to_yaml__round_trip(pretrain: CompiledPipeline, tmp_path: Path) -> None:
+    path = tmp_path / "again.yaml"
+    path.write_text(pretrain.to_yaml(), "utf-8")
+    assert pipeline_spec.load(path) == pretrain
+
+
+def test_with_registry__keeps_images_that_name_one(pretrain: CompiledPipeline) -> None:
+    once = pretrain.with_registry("registry.example.com/team")
+    assert once.with_registry("other.example.com/team") == once
+    assert executors(pretrain)["exec-train"]["container"]["image"].startswith("hjepa-train:")
+
+
+def test_without_retries__changes_nothing_else(pretrain: CompiledPipeline) -> None:
+    expected = copy.deepcopy(pretrain)
+    for task in expected.tasks.values():
+        task.pop("retryPolicy", None)
+    assert pretrain.without_retries() == expected
+    assert pretrain.tasks["train"]["retryPolicy"]
