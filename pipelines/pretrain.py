@@ -46,7 +46,7 @@ def pretrain(
     tracking_uri: str = "",
     registered_model: str = "",
     run: str = "",
-    gpus: int = 1,
+    gpus: str = "1",
 ) -> None:
     """From raw images to a registered encoder: prepare, pretrain, export, evaluate, register.
 
@@ -59,8 +59,8 @@ def pretrain(
         storage_endpoint_url: S3 endpoint; empty keeps what the configuration says.
         tracking_uri: MLflow server; empty keeps what the configuration says.
         registered_model: Name in the model registry; empty keeps what the configuration says.
-        run: Name of the run; a name used before resumes that run. Empty takes the job's own name.
-        gpus: GPUs of the training task; 0 trains on CPUs. A run on this machine uses what training.device says.
+        run: Name of the run; a name used before resumes that run. Empty takes the id of the KFP run.
+        gpus: How many GPUs the training task gets; 0 trains on CPUs. On a laptop training.device decides.
     """
     resolved = resolve_config(
         config=config,
@@ -72,7 +72,7 @@ def pretrain(
         tracking_uri=tracking_uri,
         registered_model=registered_model,
         run=run,
-        job=dsl.PIPELINE_JOB_RESOURCE_NAME_PLACEHOLDER,
+        job=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
     )
     prepared = prepare_data(resolved=resolved.output)
     trained = train(resolved=resolved.output, dataset=prepared.output)
@@ -89,6 +89,7 @@ def pretrain(
     in_cluster(exported, timeout_seconds=HOUR)
     in_cluster(evaluated, timeout_seconds=12 * HOUR)
     in_cluster(registered, timeout_seconds=HOUR)
+    # The count is a text: KFP's driver takes a number for an empty one, and the pod would get no GPU.
     trained.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(gpus)
     kubernetes.add_toleration(trained, key="nvidia.com/gpu", operator="Exists", effect="NoSchedule")
     for loading in (prepared, trained, evaluated):

@@ -98,7 +98,8 @@ def test_component__source_stands_alone(name: str) -> None:
 
 @each_component
 def test_component__calls_its_step_as_it_is_defined(name: str) -> None:
-    steps = pytest.importorskip("hjepa.steps")
+    from hjepa import steps
+
     (call,) = calls_of_steps(name)
     assert isinstance(call.func, ast.Attribute)
     assert call.func.attr == name

@@ -28,7 +28,7 @@ from hjepa.errors import UserError
 FOUR_MISTAKES = """\
 training:
   epochs: ten
-  learning_rate: 0.001
+  warmup_epoch: 5
 model:
   embed_dim: 100
   num_heads: 12
@@ -61,7 +61,7 @@ def test_packaged__default_and_demo_are_there() -> None:
 
 
 def test_dump__reads_back_to_an_equal_tree() -> None:
-    config = load_config("demo", ["training.lr=3e-7", "loss.level_weights=[1, 0.5]", "training.clip_grad=null"])
+    config = load_config("demo", ["training.lr=3e-4", "loss.level_weights=[1, 0.5]", "training.clip_grad=null"])
     assert load_config(dump_yaml(config)) == config
 
 
@@ -169,7 +169,7 @@ def test_mistakes__are_reported_all_at_once() -> None:
     assert len(found) == 4
     together = "\n".join(found)
     assert "training.epochs: got the text 'ten', expected a whole number." in found
-    assert "training.learning_rate: unknown key." in together
+    assert "training.warmup_epoch: unknown key." in together
     assert "checkpoint.mode: got the text 'maximum', expected one of min, max." in together
     assert "model.embed_dim and model.num_heads: a width of 100 does not divide into 12 heads" in found
 
@@ -190,14 +190,14 @@ def test_mistakes__are_reported_all_at_once() -> None:
         ("training: {betas: [0.9, 0.95, 0.99]}", "training.betas: got [0.9, 0.95, 0.99], expected at most 2 items"),
         ("training: {betas: [0.9, high]}", "training.betas.1: got the text 'high', expected a number"),
         ("training: 5", "training: got 5, expected a section with keys"),
-        ("data: {channels: 2}", "data.channels: got 2, expected one of 1, 3"),
+        ("data: {channels: 2}", "data.channels: got 2, expected one of 1 or 3"),
         ("data: {name: null}", "data.name: got null, expected a text"),
         ("seed: -1", "seed: got -1, expected a number >= 0"),
         ("traning: {epochs: 3}", "traning: unknown key. Did you mean training?"),
         ("training: {epoch: 3}", "training.epoch: unknown key. Did you mean training.epochs?"),
         ("model: {momentum: 0.9}", "model.momentum: unknown key. Did you mean model.ema.momentum?"),
         ("model: {ema: {momentun: 0.9}}", "model.ema.momentun: unknown key. Did you mean model.ema.momentum?"),
-        ("training: {optimizer: adamv}", "Did you mean adamw?"),
+        ("training: {optimizer: adamww}", "Did you mean adamw?"),
     ],
 )
 def test_mistake__is_named(text: str, said: str) -> None:
@@ -210,8 +210,8 @@ def test_mistake__is_named(text: str, said: str) -> None:
     ("overrides", "keys", "said"),
     [
         (["data.image_size=100"], ["data.image_size", "model.patch_size"], "use data.image_size=96"),
-        (["model.num_levels=3", "data.image_size=32"], ["model.num_levels"], "one single cell"),
-        (["model.num_levels=4", "data.image_size=32"], ["model.num_levels"], "cannot be merged 8x8"),
+        (["model.num_levels=3", "data.image_size=64"], ["model.num_levels"], "one single cell"),
+        (["model.num_levels=4", "data.image_size=64"], ["model.num_levels"], "cannot be merged 8x8"),
         (["model.num_heads=5"], ["model.embed_dim", "model.num_heads"], "does not divide into 5 heads"),
         (["model.embed_dim=42", "model.num_heads=6"], ["model.embed_dim"], "multiple of 4"),
         (["model.predictor.num_heads=5"], ["model.predictor.num_heads"], "does not divide into 5 heads"),
@@ -300,14 +300,14 @@ def test_command__four_mistakes_are_one_message_and_exit_code_2(command: str, tm
     expected = f"""\
         error: {path}: 4 mistakes in the configuration
           1. training.epochs: got the text 'ten', expected a whole number.
-          2. training.learning_rate: unknown key.
+          2. training.warmup_epoch: unknown key.
           3. checkpoint.mode: got the text 'maximum', expected one of min, max.
           4. model.embed_dim and model.num_heads: a width of 100 does not divide into 12 heads
         """
     said = done.stderr.splitlines()
     for line, start in zip(said, textwrap.dedent(expected).splitlines(), strict=True):
         assert line.startswith(start)
-    assert "training.lr" in said[2]
+    assert "Did you mean training.warmup_epochs?" in said[2]
 
 
 def test_command__says_what_it_resolved(tmp_path: Path) -> None:

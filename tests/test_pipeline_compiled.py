@@ -120,16 +120,17 @@ def test_pretrain__every_task_has_credentials_by_name_a_time_limit_and_no_cache(
 def test_pretrain__training_gets_gpus_shared_memory_a_toleration_and_retries(pretrain: CompiledPipeline) -> None:
     accelerator = executors(pretrain)["exec-train"]["container"]["resources"]["accelerator"]
     assert accelerator["resourceType"] == "nvidia.com/gpu"
-    assert "gpus" in accelerator["resourceCount"]
+    assert accelerator["resourceCount"] == "{{$.inputs.parameters['pipelinechannel--gpus']}}"
+    assert pretrain.parameters["gpus"]["parameterType"] == "STRING"  # KFP's driver ignores a number here
     settings = kubernetes(pretrain)["exec-train"]
     assert settings["emptyDirMounts"] == [{"medium": "Memory", "mountPath": "/dev/shm", "volumeName": "dshm"}]
     assert settings["tolerations"] == [{"effect": "NoSchedule", "key": "nvidia.com/gpu", "operator": "Exists"}]
     assert pretrain.tasks["train"]["retryPolicy"]["maxRetryCount"] == 5
 
 
-def test_pretrain__run_is_named_after_the_job_by_default(pretrain: CompiledPipeline) -> None:
+def test_pretrain__run_is_named_after_the_kfp_run_by_default(pretrain: CompiledPipeline) -> None:
     job = pretrain.tasks["resolve-config"]["inputs"]["parameters"]["job"]
-    assert job == {"runtimeValue": {"constant": "{{$.pipeline_job_resource_name}}"}}
+    assert job == {"runtimeValue": {"constant": "{{$.pipeline_job_uuid}}"}}
 
 
 Change = Callable[[CompiledPipeline], None]

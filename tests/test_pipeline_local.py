@@ -306,11 +306,14 @@ def test_interrupt__second_one_kills_at_once(start: Start) -> None:
 
 @pytest.mark.parametrize("mode", ["wait", "stubborn"])
 def test_sigkill__of_the_parent_ends_everything_soon(start: Start, mode: str) -> None:
-    process, _ = start(mode)
+    process, worker = start(mode)
     assert len(marked()) >= 4  # the parent, KFP, the step, its worker
+    scratch = Path(psutil.Process(worker).environ()["TMPDIR"])
+    assert scratch.name.startswith("hjepa-")
     process.kill()
     process.wait()
     wait_for(lambda: marked() == [], seconds=3 if mode == "wait" else 4)
+    assert not scratch.exists()
 
 
 def test_sigkill__of_kfp_ends_the_step_and_is_an_error(start: Start) -> None:

@@ -54,8 +54,8 @@ def evaluation(value: float, digest: str = DIGEST, *, test: int = 10_000) -> dic
         "primary_metric": {"name": METRIC, "value": value},
         "metrics": {METRIC: value, "eval/knn_top1": value - 0.02},
         "table": [
-            {"encoder": "trained", "level": "all", "knn_top1": value - 0.02, "linear_top1": value},
-            {"encoder": "raw pixels", "level": "-", "knn_top1": 0.79, "linear_top1": None},
+            {"encoder": "trained", "level": "all", "knn_top1": value - 0.02, "linear_top1": value, "rankme": 40.0},
+            {"encoder": "raw pixels", "level": "-", "knn_top1": 0.79, "linear_top1": 0.809},
         ],
         "split": {"train": 10_000, "test": test, "dataset_digest": digest},
     }
@@ -159,11 +159,22 @@ def test_register__killed_before_the_decision_decides_when_run_again(shelf: Shel
     client = mlflow.MlflowClient()
     client.delete_model_version_tag(shelf.name, "1", "hjepa.decision")
     again = shelf.register("1", evaluation(0.8))
-    assert (again.version, again.alias) == (first.version, "champion")
+    assert again == first
     client.delete_registered_model_alias(shelf.name, "champion")
     client.delete_model_version_tag(shelf.name, "1", "hjepa.decision")
     assert shelf.register("1", evaluation(0.8)).alias == "champion"
     assert shelf.champion() == 1
+
+
+def test_register__data_without_labels_has_no_test_split(shelf: Shelf) -> None:
+    unlabelled = evaluation(0.8) | {
+        "metrics": {"eval/rankme": 12.5},
+        "table": [{"encoder": "trained", "level": "all", "rankme": 12.5}],
+        "split": {"train": 500, "dataset_digest": DIGEST},
+    }
+    done = shelf.register("1", unlabelled, primary_metric="eval/rankme")
+    assert (done.alias, done.version) == ("champion", 1)
+    assert "12.5000" in mlflow.MlflowClient().get_model_version(shelf.name, "1").description
 
 
 def test_register__same_run_with_another_export_is_another_version(shelf: Shelf, tmp_path: Path) -> None:
@@ -189,7 +200,7 @@ def test_register__version_says_where_it_comes_from(shelf: Shelf, tmp_path: Path
         "0.8123",
         "12,800 images",
         "Level 0: 4x4 cells, 16 numbers; level 1: 2x2 cells",
-        "raw pixels | - | 0.7900 | - |",
+        "| raw pixels | - | 0.7900 | 0.8090 | - |",
     ):
         assert text in version.description
     assert f"#/models/{shelf.name}/versions/1?workflowType=machine_learning" in done.url

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import mlflow
@@ -79,6 +79,13 @@ def can_listen(port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
 
 
 # -- a stack that runs -------------------------------------------------------------------------------------------------
@@ -227,12 +234,46 @@ def test_down_then_up__port_taken_and_two_processes_at_once(own: Stack, monkeypa
         assert store_of(own, patch).get_bytes("kept") == b"over the restart"
 
 
-def wait_for(condition: object, seconds: float = 10) -> None:
-    assert callable(condition)
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
+def test_up__port_taken_while_starting(own: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    store_of(own, monkeypatch).put_bytes("kept", b"still here")
+    own.down()
+    lines: list[str] = []
+    with socket.socket() as stranger:
+
+        def report(line: str) -> None:
+            lines.append(line)
+            if line.startswith("starting S3") and stranger.getsockname()[1] == 0:  # the last moment before the start
+                stranger.bind(("127.0.0.1", int(line.rpartition(":")[2])))
+                stranger.listen()
+
+        info = own.up(report)
+        port = stranger.getsockname()[1]
+    assert any(line.startswith(f"port {port} is in use") for line in lines)
+    assert info.s3_endpoint != f"http://127.0.0.1:{port}"
+    assert own.status().healthy
+    with monkeypatch.context() as patch:
+        assert store_of(own, patch).get_bytes("kept") == b"still here"
+
+
+@pytest.mark.slow
+def test_disk_fills_up__names_the_cause_and_keeps_what_was_stored(
+    make_disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = Stack(make_disk("400m") / "home", min_free_bytes=0)
+    try:
+        stack.up()
+        store = store_of(stack, monkeypatch)
+        stored: list[bytes] = []
+        with pytest.raises(HjepaError, match=r"500 InternalError.*full disk on the server"):  # noqa: PT012
+            for i in range(40):
+                data = os.urandom(20 * 2**20)
+                store.put_bytes(f"{i}", data)
+                stored.append(data)
+        assert len(stored) > 5
+        assert [store.get_bytes(f"{i}") for i in range(len(stored))] == stored
+    finally:
+        stack.down()
+    assert processes_of(stack) == []
 
 
 # -- a stack that does not start ---------------------------------------------------------------------------------------

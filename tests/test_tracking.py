@@ -167,7 +167,7 @@ def test_tracker__what_it_writes_can_be_read_at_the_root(tracker: Tracker, tmp_p
     assert tracker.log_metrics_now({"eval/linear_top1": 0.8}, step=1000)
     assert tracker.log_artifact(tmp_path / "config.yaml")
     assert tracker.log_table("evaluation", table)
-    assert tracker.log_table("evaluation", table)
+    assert tracker.log_table("evaluation.json", table)
     assert tracker.log_dataset("fashion", "f" * 64, "s3://hjepa/datasets/fashion", "training")
 
     run = tracker.client.get_run(tracker.run_id)

@@ -35,7 +35,8 @@ def evaluate(
         metrics.log_metric(name, value)
     with open(evaluation.path, encoding="utf-8") as file:
         table = json.load(file)["table"]
-    lines = ["| " + " | ".join(table[0]) + " |", "|" + " --- |" * len(table[0])]
-    lines += ["| " + " | ".join(str(value) for value in row.values()) + " |" for row in table]
+    columns = list(table[0])
+    rows = [[row.get(column, "") for column in columns] for row in table]
+    rows = [[f"{value:.3f}" if isinstance(value, float) else str(value) for value in row] for row in rows]
     with open(summary.path, "w", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
+        file.writelines("| " + " | ".join(line) + " |\n" for line in [columns, ["---"] * len(columns), *rows])

@@ -31,8 +31,8 @@ def resolve_config(
         storage_endpoint_url: S3 endpoint; empty keeps what the configuration says.
         tracking_uri: MLflow server; empty keeps what the configuration says.
         registered_model: Name in the model registry; empty keeps what the configuration says.
-        run: Name of the run; a name used before resumes that run. Empty takes the job's name.
-        job: Name of the KFP job, which is unique.
+        run: Name of the run; a name used before resumes that run. Empty takes the id of the KFP run.
+        job: Id of the KFP run, which is unique.
     """
     from hjepa import steps
 

@@ -178,7 +178,7 @@ def run(options: argparse.Namespace) -> int:
             say(f"run {name}")
             finished = local_pipeline.run(
                 compiled_pipeline(),
-                {"config": read_source(options.config)[1], "overrides": options.set, "run": name},
+                {"config": _portable(options.config), "overrides": options.set, "run": name},
                 workdir=home / "runs" / name,
                 environment=environment,
             )
@@ -210,6 +210,11 @@ def _unused(runs: Path, name: str) -> str:
     return f"{name}-{number}" if (runs / name).exists() else name
 
 
+def _portable(source: str) -> str:
+    """A packaged configuration's name, or the text of a file, which only this machine has."""
+    return source if source in packaged_configs() else read_source(source)[1]
+
+
 @contextlib.contextmanager
 def _only_user(home: Path) -> Iterator[None]:
     """Keep a second run from stopping the servers under the first."""
@@ -219,8 +224,9 @@ def _only_user(home: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
+            holder = lock.read().strip() or "unknown"
             raise UserError(
-                f"another run (process {lock.read().strip() or 'unknown'}) uses {home}: wait for it, or pass another --home"
+                f"another run (process {holder}) uses {home}: wait for it, or pass another --home"
             ) from None
         lock.truncate(0)
         lock.write(str(os.getpid()))
@@ -443,10 +449,9 @@ def pipeline_run(options: argparse.Namespace) -> None:
             raise UserError(f"{text!r}: expected NAME=VALUE; the pipeline takes {', '.join(types)}")
         arguments[name] = value if types.get(name) == "STRING" else parse_yaml(value)
     if "config" in arguments:
-        # A file on this machine is not there in the cluster; a mistake in it is found here.
+        # A mistake in it is found here, not in a pod.
         load_config(arguments["config"], arguments.get("overrides", []))
-        if arguments["config"] not in packaged_configs():
-            arguments["config"] = read_source(arguments["config"])[1]
+        arguments["config"] = _portable(arguments["config"])
     server = kfp_server.Server.from_environment(options.endpoint, namespace=options.namespace)
     submitted = kfp_server.run(
         server,
@@ -465,7 +470,7 @@ def sync(options: argparse.Namespace) -> None:
     from hjepa.adapters.tracking import replay, tracking_uri
 
     sent = replay(options.journal, tracking_uri(options.uri), options.run_id)
-    say(f"{sent} metric values are in MLflow now")
+    say(f"{sent} metric records are in MLflow now")
 
 
 if __name__ == "__main__":

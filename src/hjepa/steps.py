@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import subprocess
 import tempfile
@@ -47,6 +48,9 @@ def step(function: Callable[P, T]) -> Callable[P, T]:
         in_task = os.environ.get("_KFP_RUNTIME") == "true"
         if in_task:
             die_with_parent()
+            # KFP sets the root logger to INFO, which turns libraries' chatter into the step's log.
+            for library in ("botocore", "boto3", "urllib3", "alembic"):
+                logging.getLogger(library).setLevel(logging.WARNING)
         started = time.monotonic()
         try:
             return function(*args, **kwargs)
@@ -352,11 +356,14 @@ def _train(run: Run, dataset: Json, resume: str) -> Json:
     from hjepa.trainers import HJEPATrainer, create_optimizer
     from hjepa.utils import MetricsLogger
 
-    config, world = run.config, World.from_environment()
+    world = World.from_environment()
     images = _open_split(run, dataset, "train")
     labelled = dataset["splits"]["train"]["per_class"] is not None
-    config = _with_metric(config, labelled)
-    folder = Path(config.checkpoint.checkpoint_dir) / run.name
+    folder = Path(run.config.checkpoint.checkpoint_dir) / run.name
+    config = _with_checkpoint(run.config, checkpoint_dir=str(folder))
+    if config.checkpoint.metric == "auto":
+        metric = "probe/knn_top1" if labelled else "collapse/rankme"
+        config = _with_checkpoint(config, metric=metric, mode="max")
     uploads = CheckpointUploads(run, dataset, folder, keep_best_n=config.checkpoint.keep_best_n)
     uploads.fetch_newer()
 
@@ -392,7 +399,7 @@ def _train(run: Run, dataset: Json, resume: str) -> Json:
         create_optimizer(model, config),
         HierarchicalLoss(config),
         MultiBlockMasking(config),
-        config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"checkpoint_dir": str(folder)})}),
+        config,
         config.training.device,
         resume,
         logger=logger,
@@ -407,14 +414,8 @@ def _train(run: Run, dataset: Json, resume: str) -> Json:
     return uploads.best(config.checkpoint.metric, config.checkpoint.mode)
 
 
-def _with_metric(config: Config, labelled: bool) -> Config:
-    """``checkpoint.metric: auto`` made explicit: online k-NN where there are labels, effective rank where not."""
-    if config.checkpoint.metric != "auto":
-        return config
-    metric = "probe/knn_top1" if labelled else "collapse/rankme"
-    return config.model_copy(
-        update={"checkpoint": config.checkpoint.model_copy(update={"metric": metric, "mode": "max"})}
-    )
+def _with_checkpoint(config: Config, **update: str) -> Config:
+    return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update=update)})
 
 
 def make_probe(config: Config, images: Any, dataset: Json, labelled: bool) -> Callable[[Any], dict[str, float]]:
@@ -707,10 +708,7 @@ def _evaluate(run: Run, dataset: Json, model: Json, folder: Path) -> Json:
         raise UserError(
             f"evaluation.primary_metric={primary} is not measured; choose one of {', '.join(sorted(metrics))}"
         )
-    sizes = {
-        name: min(limit or len(split), len(split))
-        for (name, limit), split in zip(splits.items(), present.values(), strict=False)
-    }
+    sizes = {name: min(splits[name] or len(images), len(images)) for name, images in present.items()}
     return {
         "schema": SCHEMA,
         "primary_metric": {"name": primary, "value": metrics[primary]},

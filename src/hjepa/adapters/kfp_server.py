@@ -24,7 +24,7 @@ from hjepa.adapters.pipeline_view import format_seconds
 from hjepa.errors import HjepaError, UserError
 
 ENDPOINT = "KF_PIPELINES_ENDPOINT"  # the name that KFP's own tools use
-TOKEN = "HJEPA_KFP_TOKEN"  # noqa: S105 - the variable's name
+TOKEN = "HJEPA_KFP_TOKEN"
 
 _CONNECT_SECONDS = 10.0
 _REQUEST_SECONDS = (_CONNECT_SECONDS, 60.0)  # to connect, to answer

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,7 +121,7 @@ def run(
     # KFP leaves a folder per step in the temporary folder, so the run gets its own.
     with tempfile.TemporaryDirectory(prefix="hjepa-") as scratch, showing(view, pipeline.steps()):
         child = subprocess.Popen(
-            command,
+            [*command, scratch],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -381,7 +382,8 @@ def _tail(path: Path) -> str:
 class _Watchdog:
     """Ends this process group once the process that started it is gone."""
 
-    def __init__(self) -> None:
+    def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
         self._fired = threading.Event()
         self._thread = lifeline.watch_parent(self.end_group)
 
@@ -391,7 +393,10 @@ class _Watchdog:
         others = [process for process in _group_members(os.getpgid(0)) if process.pid != own]
         for process in _step_processes(own):
             _signal(process, signal.SIGTERM)
-        psutil.wait_procs(others, timeout=lifeline.GRACE_SECONDS)
+        _, alive = psutil.wait_procs(others, timeout=lifeline.GRACE_SECONDS)
+        for process in alive:
+            _signal(process, signal.SIGKILL)
+        shutil.rmtree(self._scratch, ignore_errors=True)
         os.killpg(0, signal.SIGKILL)
 
     def let_finish(self) -> None:
@@ -400,7 +405,7 @@ class _Watchdog:
             self._thread.join()
 
 
-def _execute(request_file: Path) -> None:
+def _execute(request: Mapping[str, Any]) -> None:
     import warnings
 
     # KFP expects "python" in an image's name, and says for each step what a laptop cannot give it.
@@ -408,15 +413,17 @@ def _execute(request_file: Path) -> None:
     warnings.filterwarnings("ignore", message="Task '.*': settings .* have no effect")
     from kfp import components, local
 
-    request = json.loads(request_file.read_text("utf-8"))
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=request["root"], raise_on_error=True)
     components.load_component_from_text(request["yaml"])(**request["arguments"])
 
 
 def _main() -> None:
-    watchdog = _Watchdog()
+    if os.getpgid(0) != os.getpid():
+        sys.exit("hjepa.adapters.local_pipeline is started by run(), which gives it the process group that it may end")
+    request = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    watchdog = _Watchdog(Path(sys.argv[2]))
     try:
-        _execute(Path(sys.argv[1]))
+        _execute(request)
     except BrokenPipeError:  # nobody reads us any more: the parent is gone
         watchdog.end_group()
     except RuntimeError as error:

@@ -84,7 +84,7 @@ class Score:
             metric=primary_metric,
             value=float(metrics[primary_metric]),
             dataset_digest=str(split["dataset_digest"]),
-            split=f"{split['train']}/{split['test']}",
+            split=f"{split['train']}/{split.get('test', 0)}",
         )
 
     @classmethod
@@ -189,9 +189,14 @@ def register(
                 await_creation_for=0,
             )
         number = int(version.version)
-        alias, reason = _decided(client, name, version, score, margin)
-        description = describe(run_name, model, evaluation, decision=f"{alias}: {reason}", name=name, version=number)
-        client.update_model_version(name, str(number), description=description)
+        if _DECISION_TAG not in version.tags:
+            alias, reason = _decided(client, name, version, score, margin)
+            text = describe(run_name, model, evaluation, decision=f"{alias}: {reason}", name=name, version=number)
+            client.update_model_version(name, str(number), description=text)
+            # Last, so that a kill before this decides and describes anew.
+            client.set_model_version_tag(name, str(number), _DECISION_TAG, alias)
+        else:
+            alias, reason = version.tags[_DECISION_TAG], version.tags[_REASON_TAG]
         present = _champion(client, name)
     return Registration(
         name=name,
@@ -204,23 +209,19 @@ def register(
 
 
 def _decided(client: MlflowClient, name: str, version: ModelVersion, score: Score, margin: float) -> tuple[str, str]:
-    """Settles alias and reason of a version. The decision is written last: a kill before that decides anew."""
+    """Alias and reason of a version, both written to the server."""
     number = str(version.version)
-    if _DECISION_TAG in version.tags:
-        return version.tags[_DECISION_TAG], version.tags[_REASON_TAG]
     present = _champion(client, name)
-    if present is not None and str(present.version) == number:
-        alias, reason = CHAMPION, f"{score.metric} {score.value:.4f}; it is the champion already"
-    else:
-        alias, reason = decide(
-            score,
-            Score.of_version(present) if present else None,
-            champion_version=int(present.version) if present else None,
-            margin=margin,
-        )
-    client.set_registered_model_alias(name, alias, number)
+    if present is not None and str(present.version) == number:  # a kill came after the alias was moved
+        return CHAMPION, version.tags[_REASON_TAG]
+    alias, reason = decide(
+        score,
+        Score.of_version(present) if present else None,
+        champion_version=int(present.version) if present else None,
+        margin=margin,
+    )
     client.set_model_version_tag(name, number, _REASON_TAG, reason)
-    client.set_model_version_tag(name, number, _DECISION_TAG, alias)
+    client.set_registered_model_alias(name, alias, number)
     return alias, reason
 
 
@@ -325,13 +326,11 @@ def describe(
     preprocessing, checkpoint = model["preprocessing"], model["checkpoint"]
     colours = "grey" if preprocessing["channels"] == 1 else "RGB"
     split = evaluation["split"]
+    measures = list(dict.fromkeys(key for row in evaluation["table"] for key in row))  # the union, in order
     rows = [
-        "| encoder | level | k-NN top-1 | linear top-1 |",
-        "|---|---|---|---|",
-        *(
-            f"| {row['encoder']} | {row['level']} | {_cell(row['knn_top1'])} | {_cell(row['linear_top1'])} |"
-            for row in evaluation["table"]
-        ),
+        f"| {' | '.join(measures)} |",
+        "|---" * len(measures) + "|",
+        *(f"| {' | '.join(_cell(row.get(key)) for key in measures)} |" for row in evaluation["table"]),
     ]
     return "\n".join(
         [
@@ -340,8 +339,8 @@ def describe(
             f"Encoder of run `{run_name}` after {int(checkpoint['images_seen']):,} images "
             f"({preprocessing['image_size']} pixels, {colours}). {levels[0].upper()}{levels[1:]}.",
             "",
-            f"Measured on dataset `{str(split['dataset_digest'])[:12]}`, {split['train']:,} labelled and "
-            f"{split['test']:,} test images:",
+            f"Measured on dataset `{str(split['dataset_digest'])[:12]}`, {split['train']:,} training and "
+            f"{split.get('test', 0):,} test images:",
             "",
             *rows,
             "",
@@ -353,8 +352,10 @@ def describe(
     )
 
 
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 # -- fetching ----------------------------------------------------------------------------------------------------------

@@ -372,7 +372,7 @@ class _Server:
         """
         deadline = time.monotonic() + (_PATIENCE_SECONDS if patiently else 0)
         while True:
-            if not _accepts(self.port) or not any(_listens(process, self.port) for process in self.processes()):
+            if not _accepts(self.port) or not self._has_port():
                 return False
             if self.probe():
                 return True
@@ -414,12 +414,18 @@ class _Server:
             code = self._child.poll()
             if code is not None:
                 raise HjepaError(f"{self.name} did not start: it ended with code {code}.\n{self._last_lines()}")
+            if _accepts(self.port) and not self._has_port():
+                # The S3 server does not mind: it silently moves to another port, where nobody looks for it.
+                raise HjepaError(f"{self.name} did not start: port {self.port} was taken{_holder(self.port)}")
             if time.monotonic() > deadline:
                 raise HjepaError(
                     f"{self.name} did not answer on port {self.port} within {self.start_seconds:.0f} s.\n"
                     f"{self._last_lines()}"
                 )
             time.sleep(0.1)
+
+    def _has_port(self) -> bool:
+        return any(_listens(process, self.port) for process in self.processes())
 
     def _last_lines(self, count: int = 15) -> str:
         lines = self.log.read_text("utf-8", errors="replace").splitlines()[-count:]
@@ -584,12 +590,12 @@ def _stop(processes: list[psutil.Process]) -> None:
 
 
 def _alive(process: psutil.Process) -> bool:
-    """False for a zombie too: it holds nothing, and only its parent (perhaps this process) can take it away."""
     try:
         process.wait(timeout=0)
     except psutil.TimeoutExpired:
         with suppress(psutil.NoSuchProcess):
-            return bool(process.status() != psutil.STATUS_ZOMBIE)
+            # A zombie is its parent's business, but until its last thread has ended it holds ports and files.
+            return bool(process.status() != psutil.STATUS_ZOMBIE or process.num_threads() > 1)
     return False
 
 

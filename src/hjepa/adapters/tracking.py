@@ -219,9 +219,12 @@ class Tracker:
         )
 
     def log_table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> bool:
-        """A table ``name``.json at the root; runs are joined by the first column. Writing it again replaces it."""
+        """A table ``name`` (such as evaluation.json) at the root; runs are joined by the first column.
+
+        Writing it again replaces it.
+        """
         rows = [list(row) for row in zip(*columns.values(), strict=True)]
-        entry = {"path": f"{name}.json", "type": "table"}
+        entry = {"path": f"{name.removesuffix('.json')}.json", "type": "table"}
 
         def write() -> None:
             self.client.log_dict(self.run_id, {"columns": list(columns), "data": rows}, entry["path"])

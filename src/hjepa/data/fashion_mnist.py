@@ -166,12 +166,15 @@ def _install(staged: Path, cache: Path, *, source: str) -> None:
     for path in staged.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
+    with contextlib.suppress(SourceError):
+        _verify(cache)
+        return  # another process was faster
     with contextlib.suppress(FileNotFoundError):
         cache.rename(staged.parent / "replaced")
     try:
         staged.rename(cache)
     except OSError:
-        _verify(cache)  # another process was faster, which is as good if its files are whole
+        _verify(cache)
 
 
 # -- sources ---------------------------------------------------------------------------------------------------------

@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from hjepa.data.png import MAX_PIXELS, encode_unfiltered
 from hjepa.data.sources import Payload
 
 # Formats that decode in this process alone; PIL would hand others, such as EPS, to an external interpreter.
-FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
 ORIENTATION = 0x0112  # EXIF tag
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -142,5 +143,7 @@ def _encoded(image: Image.Image, kind: str) -> Picture:
         stored = Image.open(io.BytesIO(buffer.getvalue()))
         stored.load()
         return Picture(stored, buffer.getvalue(), "jpg")
+    if bare.width * bare.height <= MAX_PIXELS:
+        return Picture(bare, encode_unfiltered(np.asarray(bare)), "png")
     bare.save(buffer, "PNG")
     return Picture(bare, buffer.getvalue(), "png")

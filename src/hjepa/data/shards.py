@@ -108,7 +108,7 @@ class _OpenShard:
 def tar_member(name: str, data: bytes) -> bytes:
     """One regular file as POSIX ustar: header, content, padding. Names are short ASCII."""
     head = b"%s0000644\0%07o\0%07o\0%011o\0%011o\0" % (name.encode("ascii").ljust(100, b"\0"), 0, 0, len(data), 0)
-    tail = b"0" + bytes(100) + b"ustar\x0000" + bytes(64) + b"0000000\x000000000\0"
+    tail = b"0" + bytes(100) + b"ustar\x0000" + bytes(64 + 16)
     blank_sum = sum(head) + 8 * 32 + sum(tail)  # the checksum counts its own field as blanks
     header = (head + b"%06o\0 " % blank_sum + tail).ljust(BLOCK, b"\0")
     return header + data + bytes(-len(data) % BLOCK)

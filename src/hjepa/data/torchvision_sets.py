@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import socket
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,19 +69,20 @@ def open_torchvision(data: DataConfig, dataset_class: type) -> Source:
 
     title = dataset_class.__name__
     root = Path(data.root).expanduser() if data.root else Path(data.cache_dir).expanduser() / "torchvision" / title
-    parameters = inspect.signature(dataset_class).parameters
+    has_root = _accepts(dataset_class, "root")
     common: dict[str, Any] = {}
-    if "root" in parameters:
+    if has_root:
         common["root"] = root
-    if "download" in parameters:
+    if _accepts(dataset_class, "download"):
         common["download"] = True
-    if "loader" in parameters:
+    if _accepts(dataset_class, "loader"):
         common["loader"] = _read_bytes  # so that files go into the shards as they are
-    options = _split_options(parameters)
+    options = _split_options(dataset_class)
     whole = _construct(dataset_class, common, options["train"])
     _require_pairs(whole, title)
     identity = f"torchvision {torchvision.__version__} {title} {root} {len(whole)}"
-    classes = tuple(str(name) for name in getattr(whole, "classes", ()))
+    # ImageNet gives each class a tuple of synonyms.
+    classes = tuple(name if isinstance(name, str) else ", ".join(name) for name in getattr(whole, "classes", ()))
     if options["test"]:
         parts = {"train": whole, "test": _construct(dataset_class, common, options["test"])}
         positions = {name: list(range(len(part))) for name, part in parts.items()}
@@ -93,7 +93,7 @@ def open_torchvision(data: DataConfig, dataset_class: type) -> Source:
         notes = (f"no test split: {len(test)} of {len(whole)} images are held out (data.test_fraction)",)
     return Source(
         name=title.lower(),
-        detail=f"torchvision.datasets.{title} in {root}" if "root" in parameters else f"torchvision.datasets.{title}",
+        detail=f"torchvision.datasets.{title} in {root}" if has_root else f"torchvision.datasets.{title}",
         splits={
             name: TorchvisionSplit(part, _scatter(positions[name]), f"{identity} {name} {len(positions[name])}")
             for name, part in parts.items()
@@ -105,10 +105,8 @@ def open_torchvision(data: DataConfig, dataset_class: type) -> Source:
 
 def check_torchvision(data: DataConfig, dataset_class: type) -> list[str]:
     """Only what can be told without a download that may take hours."""
-    parameters = inspect.signature(dataset_class).parameters
-    _split_options(parameters)
     title = dataset_class.__name__
-    if "root" in parameters and "download" not in parameters and not _variadic(parameters):
+    if _accepts(dataset_class, "root") and not _accepts(dataset_class, "download"):
         if data.root is None:
             raise UserError(f"data.name={title} cannot be downloaded by torchvision: set data.root to its folder.")
         if not Path(data.root).expanduser().is_dir():
@@ -121,12 +119,21 @@ def _scatter(positions: list[int]) -> list[int]:
     return [positions[k] for k in scattered(range(len(positions)), keys)]
 
 
-def _variadic(parameters: Mapping[str, inspect.Parameter]) -> bool:
-    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+def _accepts(dataset_class: type, option: str) -> bool:
+    """Whether the constructor takes a keyword, also where it only passes it on to its base class."""
+    for ancestor in dataset_class.__mro__:
+        if "__init__" in vars(ancestor):
+            parameters = inspect.signature(ancestor).parameters
+            if option in parameters:
+                return True
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+                return False
+    return False
 
 
-def _split_options(parameters: Mapping[str, inspect.Parameter]) -> dict[str, list[dict[str, Any]]]:
+def _split_options(dataset_class: type) -> dict[str, list[dict[str, Any]]]:
     """Keyword arguments to try, in order, for either split; none for the test split means to hold samples out."""
+    parameters = inspect.signature(dataset_class).parameters
     if "train" in parameters:
         return {"train": [{"train": True}], "test": [{"train": False}]}
     if "split" in parameters:

@@ -6,14 +6,18 @@ device, and the antialiased uint8 resize gives PIL's pixels in a third of its ti
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
-from torchvision.io import decode_jpeg, decode_png
+
+from hjepa.data.png import decode_unfiltered
 
 JPEG_MAGIC = b"\xff\xd8"
 ASPECT_RANGE = (3 / 4, 4 / 3)  # width / height of a random crop
@@ -22,9 +26,13 @@ CROP_ATTEMPTS = 10
 
 def decode_image(data: bytes, channels: int) -> Tensor:
     """A JPEG or PNG of 8-bit grey or RGB samples as uint8 (channels, H, W)."""
-    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    decode = decode_jpeg if data.startswith(JPEG_MAGIC) else decode_png
-    return to_channels(decode(buffer), channels)
+    array = decode_unfiltered(data)
+    if array is None:
+        # The plugin itself: ``Image.open`` would try formats and refuse sizes that ``prepare`` has let through.
+        opened = JpegImageFile if data.startswith(JPEG_MAGIC) else PngImageFile
+        array = np.array(opened(io.BytesIO(data)))
+    pixels = torch.from_numpy(array)  # (H, W) or (H, W, 3)
+    return to_channels(pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1), channels)
 
 
 def to_channels(image: Tensor, channels: int) -> Tensor:

@@ -1,0 +1,192 @@
+"""What can be known to be wrong before any long work: servers, disks, device, images. Also `hjepa doctor`."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hjepa.adapters.s3 import S3Store
+from hjepa.adapters.tracking import http_patience, server_errors, tracking_uri
+from hjepa.config import Config
+from hjepa.data.datasets import check_source
+from hjepa.errors import HjepaError, UserError
+
+_SHARED_MEMORY = Path("/dev/shm")
+_SPARE_BYTES = 2**30  # free space wanted on top of what can be foreseen
+_TIMEOUT_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    ok: bool
+    detail: str  # what was found; the cause, if it is not ok
+    remedy: str = ""  # empty where nothing has to be done, or the detail says it
+
+
+def check(config: Config, *, source: bool = True, trains_here: bool = True) -> list[Finding]:
+    """Every check, whatever the others say.
+
+    Args:
+        source: Look at the images too.
+        trains_here: False leaves out what only the machine that trains needs: device, shared memory, local disks.
+    """
+    checks: list[tuple[str, Callable[[Config], Finding]]] = [("S3", _storage), ("MLflow", _tracking)]
+    if trains_here:
+        checks += [("device", _device), ("shared memory", _shared_memory)]
+        checks += [("checkpoint disk", _checkpoint_disk), ("cache disk", _cache_disk)]
+    if source:
+        checks.append(("images", _source))
+    findings = []
+    for name, run in checks:
+        try:
+            findings.append(run(config))
+        except HjepaError as error:  # its message is written for the user: it names cause and remedy
+            findings.append(Finding(name, False, str(error)))
+    return findings
+
+
+def require(findings: Iterable[Finding]) -> None:
+    """
+    Raises:
+        UserError: with every finding that is not ok.
+    """
+    failed = [finding for finding in findings if not finding.ok]
+    if failed:
+        count = "1 check" if len(failed) == 1 else f"{len(failed)} checks"
+        lines = [f"  {finding.name}: {' '.join(filter(None, (finding.detail, finding.remedy)))}" for finding in failed]
+        raise UserError("\n".join([f"{count} failed before any long work:", *lines]))
+
+
+def _storage(config: Config) -> Finding:
+    store = S3Store(
+        config.storage.uri,
+        endpoint_url=config.storage.endpoint_url,
+        region=config.storage.region,
+        attempts=2,
+        connect_timeout_seconds=_TIMEOUT_SECONDS,
+        read_timeout_seconds=_TIMEOUT_SECONDS,
+    )
+    begin = time.monotonic()
+    key, sent = f"preflight/{uuid.uuid4().hex}", os.urandom(64)
+    store.put_bytes(key, sent)
+    try:
+        received = store.get_bytes(key)
+    finally:
+        store.delete(key)
+    if received != sent:
+        return Finding(
+            "S3",
+            False,
+            f"{store.uri(key)} came back as other bytes than were written.",
+            f"The server at {store.endpoint} (or a cache before it) is not fit to keep data: use another one.",
+        )
+    milliseconds = 1000 * (time.monotonic() - begin)
+    return Finding("S3", True, f"wrote, read and deleted an object in {store.uri()} in {milliseconds:.0f} ms")
+
+
+def _tracking(config: Config) -> Finding:
+    from mlflow import MlflowClient  # takes seconds
+
+    uri = tracking_uri(config.tracking.uri)
+    begin = time.monotonic()
+    # A search, because the health page is green even where every request of the API is refused.
+    with http_patience(timeout_seconds=_TIMEOUT_SECONDS, retries=0), server_errors(uri, "answer a search"):
+        MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+    return Finding("MLflow", True, f"{uri} answered a search in {1000 * (time.monotonic() - begin):.0f} ms")
+
+
+def _device(config: Config) -> Finding:
+    wanted = config.training.device
+    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cpu" or (wanted == "auto" and present == 0):
+        return Finding("device", True, f"training.device={wanted}: trains on the CPU, {os.cpu_count()} cores")
+    if wanted != "auto" and not re.fullmatch(r"cuda(:\d+)?", wanted):
+        return Finding("device", False, f"training.device={wanted!r}: expected auto, cpu, cuda or cuda:N.")
+    index = int(wanted.partition(":")[2] or 0)
+    if index >= present:
+        found = f"{present} GPUs" if present != 1 else "1 GPU, cuda:0"
+        return Finding(
+            "device",
+            False,
+            f"training.device={wanted}, but PyTorch {torch.__version__} finds {found}.",
+            "Set training.device=auto or cpu, or mend the driver, the GPU limit of the task, or the PyTorch build.",
+        )
+    properties = torch.cuda.get_device_properties(index)
+    memory = f"{properties.total_memory / 2**30:.0f} GiB"
+    return Finding("device", True, f"training.device={wanted}: {present} x {properties.name}, {memory}")
+
+
+def _shared_memory(config: Config) -> Finding:
+    """Loader workers hand batches over in shared memory; a container that has too little dies of a bus error."""
+    data, workers = config.data, config.data.num_workers
+    if workers == 0 or not _SHARED_MEMORY.is_dir():
+        return Finding("shared memory", True, "not needed")
+    batch = config.training.batch_size // config.training.accumulation_steps
+    wanted = workers * batch * data.channels * data.image_size**2  # a batch per worker, a byte per value
+    free = shutil.disk_usage(_SHARED_MEMORY).free
+    if free < wanted:
+        return Finding(
+            "shared memory",
+            False,
+            f"{_SHARED_MEMORY} has {_gib(free)} free; {workers} loader workers with batches of {batch} "
+            f"need {_gib(wanted)} or more.",
+            "Enlarge it (docker run --shm-size, an emptyDir of medium Memory), or lower data.num_workers.",
+        )
+    return Finding("shared memory", True, f"{_gib(free)} free")
+
+
+def _checkpoint_disk(config: Config) -> Finding:
+    kept = config.checkpoint.keep_best_n + 2  # the latest, and the one being written
+    return _disk(
+        "checkpoint disk",
+        "checkpoint.checkpoint_dir",
+        config.checkpoint.checkpoint_dir,
+        kept * _checkpoint_bytes(config) + _SPARE_BYTES,
+    )
+
+
+def _cache_disk(config: Config) -> Finding:
+    return _disk("cache disk", "data.cache_dir", config.data.cache_dir, 2 * _SPARE_BYTES)
+
+
+def _checkpoint_bytes(config: Config) -> int:
+    """Roughly: the weights of the blocks, in float32, with two moments for what is trained."""
+    model = config.model
+    per_width = 4 + 2 * model.mlp_ratio  # attention and MLP matrices of a block, in units of width^2
+    encoder = model.depth * per_width * model.embed_dim**2
+    predictor = model.predictor.depth * per_width * model.predictor.embed_dim**2
+    return int(4 * (4 * encoder + 3 * predictor))  # target encoder + (weights, 2 moments) of the trained ones
+
+
+def _disk(name: str, key: str, folder: str, wanted: int) -> Finding:
+    path = Path(folder).expanduser().absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        what = "cannot be written to" if existing.is_dir() else "is not a folder"
+        return Finding(name, False, f"{key}={folder}: {existing} {what}.", f"Point {key} at a folder of yours.")
+    free = shutil.disk_usage(existing).free
+    if free < wanted:
+        return Finding(
+            name,
+            False,
+            f"{key}={folder}: only {_gib(free)} free, {_gib(wanted)} wanted.",
+            f"Free some space, or point {key} at a larger disk.",
+        )
+    return Finding(name, True, f"{key}={folder}: {_gib(free)} free")
+
+
+def _source(config: Config) -> Finding:
+    return Finding("images", True, "; ".join(check_source(config.data)))
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hjepa.config import DataConfig
+from hjepa.data.datasets import open_source
+from hjepa.data.loader import EvalLoader, ShardDataset, TrainLoader, global_batch, order
+from hjepa.data.prepare import prepare
+from hjepa.data.sources import ArraySplit, Source
+from hjepa.data.transforms import eval_view
+from hjepa.errors import HjepaError, UserError
+
+SAMPLES = 37
+PLAIN: dict[str, Any] = {"crop_scale": (1.0, 1.0), "horizontal_flip": False}
+RANDOM: dict[str, Any] = {"crop_scale": (0.3, 1.0), "horizontal_flip": True}
+
+
+@pytest.fixture(scope="module")
+def grey(tmp_path_factory: pytest.TempPathFactory) -> ShardDataset:
+    """37 grey arrays of one size: held in memory by the loaders."""
+    folder = tmp_path_factory.mktemp("grey")
+    images = np.random.default_rng(0).integers(0, 256, (SAMPLES, 12, 12), dtype=np.uint8)
+    source = Source("grey", "made here", {"train": ArraySplit(images, np.arange(SAMPLES) % 3)})
+    return ShardDataset(prepare(source, DataConfig(channels=1), folder).manifest, "train", folder.joinpath)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> ShardDataset:
+    """37 JPEGs of several sizes in two classes: read from the shards."""
+    root, folder = tmp_path_factory.mktemp("photos"), tmp_path_factory.mktemp("prepared")
+    rng = np.random.default_rng(0)
+    for i in range(SAMPLES + 5):
+        part = "train" if i < SAMPLES else "test"
+        path = root / part / "ab"[i % 2] / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        small = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
+        small.resize((40 + i % 7, 30 + i % 5), Image.Resampling.BICUBIC).save(path)
+    data = DataConfig(root=str(root))
+    return ShardDataset(prepare(open_source(data), data, folder).manifest, "train", folder.joinpath)
+
+
+def loader(dataset: ShardDataset, **options: Any) -> TrainLoader:
+    settings = {
+        "batch_size": 8,
+        "seed": 3,
+        "image_size": 16,
+        "channels": dataset.channels,
+        "num_workers": 0,
+        **PLAIN,
+        **options,
+    }
+    return TrainLoader(dataset, **settings)
+
+
+# -- order -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 37, 1000])
+@pytest.mark.parametrize("epoch", [0, 1, 99])
+def test_order__is_a_permutation(n: int, epoch: int) -> None:
+    assert sorted(order(5, epoch, n)) == list(range(n))
+
+
+def test_order__never_changes() -> None:
+    assert order(0, 0, 8).tolist() == [6, 3, 1, 4, 5, 2, 7, 0]
+    assert not np.array_equal(order(0, 0, 50), order(0, 1, 50))
+    assert not np.array_equal(order(0, 0, 50), order(1, 0, 50))
+
+
+def test_order__every_sample_is_first_equally_often() -> None:
+    firsts = np.bincount([order(seed, 0, 5)[0] for seed in range(2000)], minlength=5)
+    assert firsts.min() > 330
+    assert firsts.max() < 470
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 8, 37, 100])
+def test_global_batch__every_image_exactly_once_per_epoch(batch_size: int) -> None:
+    epochs: dict[int, list[int]] = {}
+    for step in range(-(-3 * SAMPLES // batch_size)):
+        samples, of_epoch = global_batch(step, batch_size=batch_size, seed=0, n=SAMPLES)
+        assert len(samples) == batch_size
+        for sample, epoch in zip(samples.tolist(), of_epoch.tolist(), strict=True):
+            epochs.setdefault(epoch, []).append(sample)
+    for epoch in range(3):
+        assert epochs[epoch] == order(0, epoch, SAMPLES).tolist()
+
+
+# -- training batches ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("views", [PLAIN, RANDOM, {**PLAIN, "horizontal_flip": True}])
+@pytest.mark.parametrize("kind", ["grey", "photos"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches__resumed_run_equals_the_straight_one(
+    kind: str, views: dict[str, Any], workers: int, request: pytest.FixtureRequest
+) -> None:
+    dataset = request.getfixturevalue(kind)
+    straight = list(loader(dataset, **views).batches(0, 12))
+    resumed = list(loader(dataset, **views, num_workers=workers).batches(7, 12))
+    assert [batch.step for batch in resumed] == [7, 8, 9, 10, 11]
+    for ours, theirs in zip(resumed, straight[7:], strict=True):
+        assert (ours.step, ours.epoch, ours.position) == (theirs.step, theirs.epoch, theirs.position)
+        np.testing.assert_array_equal(ours.samples, theirs.samples)
+        np.testing.assert_array_equal(ours.epochs, theirs.epochs)
+        assert torch.equal(ours.images, theirs.images)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("kind", ["grey", "photos"])
+def test_batches__ranks_together_see_what_one_process_sees(
+    kind: str, world_size: int, request: pytest.FixtureRequest
+) -> None:
+    dataset = request.getfixturevalue(kind)
+    whole = loader(dataset, **RANDOM).batches(0, 10)
+    ranks = [loader(dataset, **RANDOM, rank=rank, world_size=world_size).batches(0, 10) for rank in range(world_size)]
+    for batch, *shares in zip(whole, *ranks, strict=True):
+        assert torch.equal(batch.images, torch.cat([share.images for share in shares]))
+        np.testing.assert_array_equal(batch.samples, np.concatenate([share.samples for share in shares]))
+        assert all(np.array_equal(batch.samples, share.global_samples) for share in shares)
+
+
+def test_batches__cached_flips_equal_single_views(grey: ShardDataset) -> None:
+    cached = loader(grey, crop_scale=(1.0, 1.0), horizontal_flip=True)
+    single = loader(grey, crop_scale=(1.0, 1.0), horizontal_flip=True)
+    single._uncropped = None
+    flipped = 0
+    plain = loader(grey)
+    for step in range(5):
+        assert torch.equal(cached.batch(step).images, single.batch(step).images)
+        flipped += int((cached.batch(step).images != plain.batch(step).images).flatten(1).any(1).sum())
+    assert 0 < flipped < 40
+
+
+def test_batches__images_are_those_of_their_samples(grey: ShardDataset) -> None:
+    for batch in loader(grey).batches(0, 5):
+        for sample, image in zip(batch.samples, batch.images, strict=True):
+            assert torch.equal(image, eval_view(torch.from_numpy(grey.read(int(sample))[0]), 16))
+
+
+def test_batches__leave_the_global_random_state_alone(photos: ShardDataset) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    for workers in (0, 1):
+        list(loader(photos, **RANDOM, num_workers=workers).batches(0, 2))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_batches__can_be_abandoned(photos: ShardDataset) -> None:
+    for workers in (0, 1):
+        stream = loader(photos, num_workers=workers).batches(0, 1000)
+        assert next(stream).step == 0
+        stream.close()  # type: ignore[attr-defined]
+
+
+def test_batches__grey_pictures_for_a_colour_network(grey: ShardDataset) -> None:
+    images = next(loader(grey, channels=3).batches(0, 1)).images
+    assert images.shape == (8, 3, 16, 16)
+    assert torch.equal(images[:, 0], images[:, 2])
+
+
+def test_loader__batch_that_does_not_divide_into_ranks_is_refused(grey: ShardDataset) -> None:
+    with pytest.raises(UserError, match="8 does not divide into 3 ranks; use 6"):
+        loader(grey, world_size=3)
+
+
+# -- data set --------------------------------------------------------------------------------------------------------
+
+
+def test_dataset__missing_split_is_named(grey: ShardDataset) -> None:
+    manifest = {"name": "grey", "channels": 1, "splits": {"train": {}}}
+    with pytest.raises(UserError, match="no test split, only train"):
+        ShardDataset(manifest, "test", Path("/nowhere").joinpath)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_dataset__damaged_bytes_are_never_trained_on(tmp_path: Path, workers: int) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
+    source = Source("grey", "made here", {"train": ArraySplit(images, None)})
+    manifest = prepare(source, DataConfig(channels=1), tmp_path).manifest
+    dataset = ShardDataset(
+        {**manifest, "splits": {"train": {**manifest["splits"]["train"], "shape": None}}}, "train", tmp_path.joinpath
+    )
+    shard = tmp_path / "train-000000.tar"
+    content = bytearray(shard.read_bytes())
+    content[10 * 1024 + 600] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(HjepaError, match=r"damaged in .*train-000000\.tar"):
+        list(loader(dataset, num_workers=workers).batches(0, 3))
+    shard.write_bytes(content[:2000])
+    with pytest.raises(HjepaError, match="damaged"):
+        dataset.read_bytes(19)
+
+
+def test_dataset__shards_are_fetched_once_and_when_needed(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (40, 200, 200, 3), dtype=np.uint8)
+    source = Source("big", "made here", {"train": ArraySplit(images, None)})
+    manifest = prepare(source, DataConfig(shard_mb=1), tmp_path).manifest
+    asked: list[str] = []
+
+    def fetch(key: str) -> Path:
+        asked.append(key)
+        return tmp_path / key
+
+    dataset = ShardDataset(manifest, "train", fetch)
+    assert asked == ["train.index"]
+    for i in (0, 1, 0, 39):
+        np.testing.assert_array_equal(dataset.read(i)[0], images[i].transpose(2, 0, 1))
+    assert asked == ["train.index", "train-000000.tar", manifest["splits"]["train"]["shards"][-1]["key"]]
+
+
+def test_in_memory__respects_budget_and_limit(grey: ShardDataset, photos: ShardDataset) -> None:
+    assert photos.in_memory() is None  # sizes differ
+    assert grey.in_memory(budget_bytes=SAMPLES * 144 - 1) is None
+    whole = grey.in_memory(budget_bytes=SAMPLES * 144)
+    part = grey.in_memory(limit=5)
+    assert whole is not None
+    assert part is not None
+    np.testing.assert_array_equal(part, whole[:5])
+    assert whole.shape == (SAMPLES, 1, 12, 12)
+
+
+# -- evaluation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("limit", [None, 10])
+def test_eval_loader__every_image_once_in_order(photos: ShardDataset, workers: int, limit: int | None) -> None:
+    batches = list(EvalLoader(photos, batch_size=8, image_size=16, channels=3, num_workers=workers, limit=limit))
+    images = torch.cat([batch.images for batch in batches])
+    count = limit or SAMPLES
+    expected = torch.stack([eval_view(torch.from_numpy(photos.read(i)[0]), 16) for i in range(count)])
+    assert torch.equal(images, expected)
+    assert np.concatenate([batch.labels for batch in batches]).tolist() == photos.labels()[:count].tolist()
+
+
+def test_read__gives_the_stored_pixels(photos: ShardDataset) -> None:
+    for i in range(3):
+        image, label = photos.read(i)
+        pil = np.asarray(Image.open(io.BytesIO(photos.read_bytes(i))))
+        np.testing.assert_array_equal(image, pil.transpose(2, 0, 1))
+        assert label == photos.labels()[i]

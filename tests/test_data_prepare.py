@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from hjepa.config import DataConfig
+from hjepa.data.datasets import open_source
+from hjepa.data.loader import ShardDataset
+from hjepa.data.prepare import Prepared, Progress, QuarantineError, prepare, prepared_key
+from hjepa.data.sources import ArraySplit, Source
+from hjepa.errors import UserError
+
+
+def picture(seed: int, mode: str = "RGB") -> Image.Image:
+    size = (20 + seed % 5, 24)
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)).convert(mode)
+
+
+def save(path: Path, image: Image.Image, **options: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> DataConfig:
+    """40 pictures in two classes, of every mode that files come in."""
+    modes = ["RGB", "L", "RGBA", "P", "CMYK", "1", "LA"]
+    root = tmp_path / "Two Kinds"
+    for i in range(40):
+        mode = modes[i % len(modes)]
+        suffix = "jpg" if mode in ("RGB", "L", "CMYK") and i % 2 else ("tif" if mode == "CMYK" else "png")
+        save(root / "ab"[i % 2] / f"{i}.{suffix}", picture(i, mode))
+    return DataConfig(root=str(root), shard_mb=1)
+
+
+def spoil(data: DataConfig) -> dict[str, str]:
+    """Add one file of every bad kind to a folder; file name -> reason."""
+    root = Path(str(data.root)) / "a"
+    (root / "zero.jpg").write_bytes(b"")
+    (root / "text.jpg").write_text("no picture")
+    buffer = io.BytesIO()
+    picture(1).save(buffer, "JPEG")
+    (root / "cut.jpg").write_bytes(buffer.getvalue()[:-300])
+    save(root / "bomb.png", Image.new("1", (12_000, 12_000)))
+    (root / "loop.jpg").symlink_to("loop.jpg")
+    return {
+        "zero.jpg": "empty",
+        "text.jpg": "not-an-image",
+        "cut.jpg": "truncated",
+        "bomb.png": "too-many-pixels",
+        "loop.jpg": "unreadable",
+    }
+
+
+def hashes(prepared: Prepared) -> dict[str, str]:
+    return {file.key: file.sha256 for file in prepared.files}
+
+
+def test_prepare__any_number_of_workers_gives_the_same_bytes(folder: DataConfig, tmp_path: Path) -> None:
+    spoil(folder)
+    data = folder.model_copy(update={"quarantine_limit": 0.5})
+    one = prepare(open_source(data), data, tmp_path / "one", workers=1)
+    two = prepare(open_source(data), data, tmp_path / "two", workers=3)
+    assert one.manifest == two.manifest
+    assert hashes(one) == hashes(two)
+    assert all(file.path.stat().st_size == file.bytes for file in two.files)
+
+
+def test_prepare__manifest_counts_what_the_shards_hold(folder: DataConfig, tmp_path: Path) -> None:
+    prepared = prepare(open_source(folder), folder, tmp_path / "out")
+    manifest = json.loads(json.dumps(prepared.manifest))
+    assert manifest["name"] == "two-kinds"
+    assert manifest["classes"] == ["a", "b"]
+    assert {name: section["per_class"] for name, section in manifest["splits"].items()} == {
+        "train": [18, 18],
+        "test": [2, 2],
+    }
+    for split in ("train", "test"):
+        dataset = ShardDataset(manifest, split, (tmp_path / "out").joinpath)
+        section = manifest["splits"][split]
+        assert len(dataset) == section["samples"]
+        assert np.bincount(dataset.labels()).tolist() == section["per_class"]
+        assert all(dataset.read(i)[0].shape[0] == 3 for i in range(len(dataset)))
+        assert section["shape"] is None
+
+
+def test_prepare__statistics_weigh_every_image_alike(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (50, 9, 7, 3), dtype=np.uint8)
+    source = Source("noise", "made here", {"train": ArraySplit(images, None)})
+    statistics = prepare(source, DataConfig(), tmp_path).manifest["statistics"]
+    scaled = images.reshape(-1, 3) / 255
+    np.testing.assert_allclose(statistics["mean"], scaled.mean(0), atol=1e-12)
+    np.testing.assert_allclose(statistics["std"], scaled.std(0), atol=1e-12)
+
+
+def test_prepare__constant_images_have_a_usable_std(tmp_path: Path) -> None:
+    source = Source("black", "made here", {"train": ArraySplit(np.zeros((3, 8, 8), dtype=np.uint8), None)})
+    assert prepare(source, DataConfig(channels=1), tmp_path).manifest["statistics"]["std"] == [1 / 255]
+
+
+def test_prepare__arrays_come_back_exactly(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (1200, 28, 28), dtype=np.uint8)
+    source = Source("grey", "made here", {"train": ArraySplit(images, np.arange(1200) % 3)}, classes=("x", "y", "z"))
+    manifest = prepare(source, DataConfig(channels=1), tmp_path).manifest
+    dataset = ShardDataset(manifest, "train", tmp_path.joinpath)
+    np.testing.assert_array_equal(dataset.in_memory(), images[:, None])
+    np.testing.assert_array_equal(dataset.labels(), np.arange(1200) % 3)
+    assert manifest["splits"]["train"]["shape"] == [28, 28]
+
+
+def test_prepare__labels_without_names_are_numbered(tmp_path: Path) -> None:
+    source = Source(
+        "numbers", "made here", {"train": ArraySplit(np.zeros((4, 8, 8), np.uint8), np.array([0, 2, 2, 0]))}
+    )
+    manifest = prepare(source, DataConfig(), tmp_path).manifest
+    assert manifest["classes"] == ["0", "1", "2"]
+    assert manifest["splits"]["train"]["per_class"] == [2, 0, 2]
+
+
+def digest(source: Source, data: DataConfig, workdir: Path) -> str:
+    return str(prepare(source, data, workdir).manifest["digest"])
+
+
+def test_digest__follows_pixels_labels_and_settings_but_not_names_or_seed(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
+    labels = np.arange(20) % 2
+
+    def of(images: np.ndarray, labels: np.ndarray, name: str = "a", **settings: Any) -> str:
+        source = Source(name, name, {"train": ArraySplit(images, labels)}, classes=("x", "y"))
+        return digest(source, DataConfig(**settings), tmp_path)
+
+    base = of(images, labels)
+    assert of(images, labels, name="b", num_workers=3, image_size=32, quarantine_limit=0.5) == base
+    changed = images.copy()
+    changed[7, 3, 3] ^= 1
+    assert len({base, of(changed, labels), of(images, 1 - labels), of(images, labels, channels=1)}) == 4
+    assert of(images, labels, shard_mb=1) != base
+
+
+def test_prepared_key__recognises_a_source_without_reading_images(folder: DataConfig) -> None:
+    key = prepared_key(open_source(folder), folder)
+    assert prepared_key(open_source(folder), folder) == key
+    other = folder.model_copy(update={"test_fraction": 0.3})
+    assert prepared_key(open_source(other), other) != key
+
+
+def test_quarantine__bad_files_are_listed_and_the_rest_is_prepared(folder: DataConfig, tmp_path: Path) -> None:
+    bad = spoil(folder)
+    data = folder.model_copy(update={"quarantine_limit": 0.2})
+    prepared = prepare(open_source(data), data, tmp_path / "out")
+    report = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    assert {Path(line["name"]).name: line["reason"] for line in report} == bad
+    section = prepared.manifest["quarantine"]
+    assert (section["total"], section["by_reason"]["truncated"]) == (5, 1)
+    assert section["share"] == pytest.approx(5 / 45)
+    assert sum(split["samples"] for split in prepared.manifest["splits"].values()) == 40
+
+
+def test_quarantine__above_the_limit_fails_and_keeps_the_report(folder: DataConfig, tmp_path: Path) -> None:
+    spoil(folder)
+    with pytest.raises(QuarantineError, match=r"5 of 45 files \(11\.1%\) cannot be used.*quarantine_limit") as caught:
+        prepare(open_source(folder), folder, tmp_path / "out")
+    assert caught.value.exit_code == 2
+    assert len(caught.value.report.read_text().splitlines()) == 5
+
+
+def test_quarantine__nothing_left_is_an_error_even_without_a_limit(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    root.mkdir()
+    (root / "a.jpg").write_text("x")
+    data = DataConfig(root=str(root), quarantine_limit=1.0)
+    with pytest.raises(UserError, match="no usable image is left"):
+        prepare(open_source(data), data, tmp_path / "out")
+
+
+def test_quarantine__names_that_are_not_utf8_are_reported(folder: DataConfig, tmp_path: Path) -> None:
+    with open(os.fsencode(str(folder.root)) + b"/a/new\nline\xff.jpg", "wb") as file:
+        file.write(b"text")
+    prepare(open_source(folder), folder, tmp_path / "out")
+    line = json.loads((tmp_path / "out" / "quarantine.jsonl").read_text())
+    assert os.fsencode(line["name"]) == b"a/new\nline\xff.jpg"
+
+
+def test_progress__ends_at_the_total(folder: DataConfig, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    prepare(open_source(folder), folder, tmp_path / "out", progress=seen.append)
+    assert [(item.split, item.done, item.total) for item in seen[-2:]] == [("train", 36, 36), ("test", 4, 4)]
+    assert "36 of 36 images" in str(seen[-2])
+
+
+def test_prepare__full_disk_is_one_clear_error(small_disk: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3000, 28, 28), dtype=np.uint8)
+    source = Source("noise", "made here", {"train": ArraySplit(images, None)})
+    with pytest.raises(UserError, match=r"the disk of .* is full"):
+        prepare(source, DataConfig(), small_disk / "out")
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import numpy as np
+from hjepa.config import DataConfig
+from hjepa.data.prepare import prepare
+from hjepa.data.sources import ArraySplit, Source
+
+images = np.random.default_rng(0).integers(0, 256, (200_000, 28, 28), dtype=np.uint8)
+source = Source("noise", "made here", {"train": ArraySplit(images, None)})
+prepare(source, DataConfig(), Path(sys.argv[1]), workers=2, progress=lambda _: print("going", flush=True))
+"""
+
+
+def test_prepare__workers_die_with_a_killed_parent(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"going\n"
+        workers = psutil.Process(process.pid).children()
+        assert len(workers) == 2
+        process.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -1,0 +1,189 @@
+"""Preflight against real servers and real faults."""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from hjepa.adapters.preflight import Finding, check, require
+from hjepa.adapters.s3 import S3Store
+from hjepa.config import Config, validate
+from hjepa.errors import UserError
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    for split in ("train", "test"):
+        for label in ("cat", "dog"):
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (40, 40), (60 * i, 20, 90)).save(folder / f"{i}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """Takes connections and never answers."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(8)
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def config(tmp_path: Path, **changes: Any) -> Config:
+    """A configuration that passes; changes are dotted keys with __ for the dot."""
+    tree: dict[str, Any] = {
+        "data": {"root": str(tmp_path / "images"), "cache_dir": str(tmp_path / "cache"), "num_workers": 0},
+        "checkpoint": {"checkpoint_dir": str(tmp_path / "checkpoints")},
+        "training": {"device": "cpu"},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        tree.setdefault(section, {})[name] = value
+    return validate(tree, source="test")
+
+
+def found(findings: list[Finding], name: str) -> Finding:
+    return next(finding for finding in findings if finding.name == name)
+
+
+@pytest.mark.usefixtures("stack_environment", "images")
+def test_check__everything_fine(tmp_path: Path) -> None:
+    findings = check(config(tmp_path, storage__uri="s3://hjepa/preflight-fine"))
+    names = ["S3", "MLflow", "device", "shared memory", "checkpoint disk", "cache disk", "images"]
+    assert [finding.name for finding in findings] == names
+    assert [finding for finding in findings if not finding.ok] == []
+    assert all(finding.detail for finding in findings)
+    require(findings)
+    assert list(S3Store("s3://hjepa/preflight-fine").list()) == []
+    assert not (tmp_path / "cache").exists()  # it looks, it makes nothing
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.usefixtures("stack_environment")
+def test_check__machine_that_does_not_train(tmp_path: Path) -> None:
+    findings = check(config(tmp_path, training__device="cuda:63"), source=False, trains_here=False)
+    assert [(finding.name, finding.ok) for finding in findings] == [("S3", True), ("MLflow", True)]
+
+
+def test_check__both_servers_away_is_known_soon(
+    tmp_path: Path, stack_environment: dict[str, str], silent_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "")
+    begin = time.monotonic()
+    findings = check(config(tmp_path, storage__endpoint_url=nobody, tracking__uri=silent_server), source=False)
+    assert time.monotonic() - begin < 20
+    s3, tracking = found(findings, "S3"), found(findings, "MLflow")
+    assert not s3.ok
+    assert f"the S3 server at {nobody} does not answer" in s3.detail
+    assert not tracking.ok
+    assert silent_server in tracking.detail
+    assert "MLFLOW_TRACKING_URI" in tracking.detail
+
+
+@pytest.mark.usefixtures("stack_environment")
+def test_check__wrong_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    finding = found(check(config(tmp_path), source=False), "S3")
+    assert not finding.ok
+    assert "refuses the credentials" in finding.detail
+
+
+@pytest.mark.usefixtures("stack_environment")
+def test_check__missing_bucket(tmp_path: Path) -> None:
+    finding = found(check(config(tmp_path, storage__uri="s3://hjepaa/x"), source=False), "S3")
+    assert not finding.ok
+    assert "no bucket 'hjepaa'" in finding.detail
+
+
+@pytest.mark.usefixtures("stack_environment")
+def test_check__no_tracking_server_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    finding = found(check(config(tmp_path), source=False), "MLflow")
+    assert not finding.ok
+    assert "MLFLOW_TRACKING_URI" in finding.detail
+
+
+@pytest.mark.usefixtures("stack_environment")
+def test_check__gpu_that_is_not_there(tmp_path: Path) -> None:
+    finding = found(check(config(tmp_path, training__device="cuda:63"), source=False), "device")
+    assert not finding.ok
+    assert "training.device=cuda:63" in finding.detail
+    assert "training.device=auto" in finding.remedy
+
+
+@pytest.mark.usefixtures("stack_environment")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_check__gpu_that_is_there(tmp_path: Path) -> None:
+    finding = found(check(config(tmp_path, training__device="cuda:0"), source=False), "device")
+    assert finding.ok
+    assert "GiB" in finding.detail
+
+
+@pytest.mark.usefixtures("stack_environment")
+def test_check__device_misspelt(tmp_path: Path) -> None:
+    finding = found(check(config(tmp_path, training__device="gpu"), source=False), "device")
+    assert not finding.ok
+    assert "'gpu': expected auto, cpu, cuda or cuda:N" in finding.detail
+
+
+@pytest.mark.usefixtures("stack_environment")
+def test_check__shared_memory_too_small(tmp_path: Path) -> None:
+    large = config(tmp_path, data__num_workers=512, data__image_size=2048, training__batch_size=65536)
+    finding = found(check(large, source=False), "shared memory")
+    assert not finding.ok
+    assert "lower data.num_workers" in finding.remedy
+
+
+@pytest.mark.usefixtures("stack_environment")
+def test_check__disks_too_small(tmp_path: Path, small_disk: Path) -> None:
+    findings = check(
+        config(tmp_path, data__cache_dir=str(small_disk), checkpoint__checkpoint_dir=str(small_disk / "new" / "dir")),
+        source=False,
+    )
+    for name, key in (("cache disk", "data.cache_dir"), ("checkpoint disk", "checkpoint.checkpoint_dir")):
+        finding = found(findings, name)
+        assert not finding.ok
+        assert f"{key}={small_disk}" in finding.detail
+        assert "only 0.0 GiB free" in finding.detail
+        assert key in finding.remedy
+
+
+@pytest.mark.usefixtures("stack_environment")
+def test_check__checkpoint_folder_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    path = str(tmp_path / "file" / "checkpoints")
+    finding = found(check(config(tmp_path, checkpoint__checkpoint_dir=path), source=False), "checkpoint disk")
+    assert not finding.ok
+    assert f"{tmp_path / 'file'} is not a folder" in finding.detail
+
+
+@pytest.mark.usefixtures("stack_environment")
+def test_check__images_missing(tmp_path: Path) -> None:
+    finding = found(check(config(tmp_path, data__root=str(tmp_path / "nowhere"))), "images")
+    assert not finding.ok
+    assert "nowhere" in finding.detail
+
+
+def test_require__names_every_failure_and_no_success() -> None:
+    findings = [
+        Finding("S3", False, "the server does not answer.", "Start it."),
+        Finding("MLflow", True, "answered"),
+        Finding("device", False, "no GPU."),
+    ]
+    expected = "2 checks failed before any long work:\n  S3: the server does not answer. Start it.\n  device: no GPU."
+    with pytest.raises(UserError, match=f"^{re.escape(expected)}$"):
+        require(findings)
+    require([findings[1]])
