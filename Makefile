@@ -73,7 +73,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	    [ "$(INSTALLER)" = uv ] || return 1
 	    ! "$(BIN)/pip" config list | grep -q '\.index-url=' || return 1
 	    "$(BIN)/pip" install --quiet -c constraints.txt uv &&
-	    "$(BIN)/uv" pip install --python "$(BIN)/python" "$${arguments[@]}"
+	    "$(BIN)/uv" pip install --system-certs --python "$(BIN)/python" "$${arguments[@]}"
 	}
-	with_uv || "$(BIN)/pip" install --no-compile "$${arguments[@]}"
+	if ! with_uv; then
+	    echo "Installing with pip, which takes some minutes ..."
+	    "$(BIN)/pip" install --no-compile "$${arguments[@]}"
+	fi
 	touch "$@"

@@ -46,8 +46,10 @@ def test_pack__nested_state_comes_back_equal() -> None:
     state = {"a": [1, 2.5, None, True], 3: (torch.arange(4), {"x": "y"}), "n": np.arange(3, dtype=np.uint32)}
     tensors: dict[str, torch.Tensor] = {}
     back = unpack(pack(state, tensors), tensors)
-    assert back["a"] == state["a"] and back[3][1] == {"x": "y"}
-    assert torch.equal(back[3][0], torch.arange(4)) and back["n"].dtype == np.uint32
+    assert back["a"] == state["a"]
+    assert back[3][1] == {"x": "y"}
+    assert torch.equal(back[3][0], torch.arange(4))
+    assert back["n"].dtype == np.uint32
     with pytest.raises(TypeError, match="without pickling"):
         pack({"f": print}, {})
 
@@ -105,7 +107,8 @@ def test_load__damage_is_detected_and_the_previous_one_is_used(tmp_path: Path, d
         read_checkpoint(bad)
     said: list[str] = []
     assert manager.find_resumable(said.append) == good
-    assert "damaged" in said[0] and LATEST in said[0]
+    assert "damaged" in said[0]
+    assert LATEST in said[0]
 
 
 def test_load__missing_file_is_a_users_mistake(tmp_path: Path) -> None:

@@ -310,6 +310,11 @@ def test_command__four_mistakes_are_one_message_and_exit_code_2(command: str, tm
     assert "Did you mean training.warmup_epochs?" in said[2]
 
 
+def test_command__needs_no_torch_to_start() -> None:
+    code = "import sys; from hjepa.cli import build_parser; build_parser(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_command__says_what_it_resolved(tmp_path: Path) -> None:
     done = hjepa("config", "--config", "demo", "--set", "training.lr=5e-4", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -159,6 +159,7 @@ def test_decode__refuses_with_a_reason(case: str) -> None:
     assert caught.value.reason == reason
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_decode__random_damage_is_refused_or_decoded_but_never_fatal() -> None:
     rng = np.random.default_rng(0)
     originals = [encode(photo(), kind) for kind in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP")]

@@ -23,7 +23,8 @@ def test_masks__cells_are_wholly_masked_or_wholly_visible(size: int, patch: int,
         masks = masking(step=step, epoch=0, samples=np.arange(32))
         for b in range(32):
             context, hidden = set(masks.context[b]), set(masks.targets[0][b].ravel())
-            assert len(context) == masks.context.shape[1] and not context & hidden
+            assert len(context) == masks.context.shape[1]
+            assert not context & hidden
             for level in range(levels):
                 cell, side = 2**level, grid // 2**level
                 for block in range(4):
@@ -78,7 +79,10 @@ def test_masks__scale_and_aspect_are_independent() -> None:
         area.append(height * width / 4096)
         aspect.append(height / width)
     assert abs(np.corrcoef(area, aspect)[0, 1]) < 0.15
-    assert min(area) > 0.14 and max(area) < 0.21 and min(aspect) < 0.85 and max(aspect) > 1.35
+    assert min(area) > 0.14
+    assert max(area) < 0.21
+    assert min(aspect) < 0.85
+    assert max(aspect) > 1.35
 
 
 def test_masks__too_little_context_is_drawn_again() -> None:

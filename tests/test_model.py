@@ -39,7 +39,8 @@ def test_context__sequence_length_is_the_visible_patch_count() -> None:
     lengths = []
     model.context_encoder.blocks[0].register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
     assert model.context_encoder(images, context).shape == (8, context.shape[1], 32)
-    assert lengths == [context.shape[1]] and context.shape[1] < 64
+    assert lengths == [context.shape[1]]
+    assert context.shape[1] < 64
 
 
 def test_context__masked_pixels_change_nothing() -> None:

@@ -250,3 +250,30 @@ def test_without_retries__changes_nothing_else(pretrain: CompiledPipeline) -> No
         task.pop("retryPolicy", None)
     assert pretrain.without_retries() == expected
     assert pretrain.tasks["train"]["retryPolicy"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "right", "wrong"),
+    [
+        ("NUMBER_INTEGER", [3], ["3", 3.5, True]),
+        ("NUMBER_DOUBLE", [3, 3.5], ["3", False]),
+        ("BOOLEAN", [True], ["true", 1]),
+        ("LIST", [[], ["a"]], ["a"]),
+        ("STRUCT", [{}], [[], "a"]),
+        ("STRING", ["3"], [3, None]),
+    ],
+)
+def test_check_arguments__types(pretrain: CompiledPipeline, kind: str, right: list[Any], wrong: list[Any]) -> None:
+    pretrain.parameters["run"]["parameterType"] = kind
+    for value in right:
+        pretrain.check_arguments({"run": value})
+    for value in wrong:
+        with pytest.raises(UserError, match=r"run: got .*, expected "):
+            pretrain.check_arguments({"run": value})
+
+
+def test_check_arguments__all_mistakes_at_once(pretrain: CompiledPipeline) -> None:
+    del pretrain.parameters["config"]["isOptional"]
+    with pytest.raises(UserError) as caught:
+        pretrain.check_arguments({"runn": "a", "overrides": "b"})
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()[1:]] == ["  runn", "  overrides", "  config"]

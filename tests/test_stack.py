@@ -239,6 +239,7 @@ def test_up__port_taken_while_starting(own: Stack, monkeypatch: pytest.MonkeyPat
     own.down()
     lines: list[str] = []
     with socket.socket() as stranger:
+        stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 
         def report(line: str) -> None:
             lines.append(line)

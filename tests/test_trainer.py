@@ -110,7 +110,9 @@ def test_train__takes_every_step_once_and_ends_with_a_checkpoint(tmp_path: Path)
     assert [step for step, _ in recorder.records] == [12 * k for k in range(1, 17)]
     assert read_checkpoint(result.checkpoint)["step"] == 16
     lr = [record["optim/lr"] for _, record in recorder.records]
-    assert lr[0] == 0.0 and max(lr) == pytest.approx(1e-3) and lr[-1] == pytest.approx(1e-6)
+    assert lr[0] == 0.0
+    assert max(lr) == pytest.approx(1e-3)
+    assert lr[-1] == pytest.approx(1e-6)
 
 
 def test_target__after_one_step_is_the_mean_with_the_post_step_student(tmp_path: Path) -> None:
@@ -167,7 +169,7 @@ def test_collapse__stops_with_a_diagnosis_and_a_saved_state(tmp_path: Path) -> N
         return {"collapse/std": 0.0, "collapse/rankme": 1.0, "collapse/cosine": 1.0}
 
     trainer, _ = build(tmp_path, "collapse.patience=2", probe=collapsed)
-    with pytest.raises(FutileRetryError, match="effective rank is 1.00"):
+    with pytest.raises(FutileRetryError, match=r"effective rank is 1\.00"):
         trainer.train()
     assert read_checkpoint(tmp_path / LATEST)["epoch"] == 2
 
@@ -224,6 +226,7 @@ def test_optimizer__decays_matrices_only_and_holds_no_frozen_parameter() -> None
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert {names[id(p)].rsplit(".", 1)[-1] for p in decayed["params"]} == {"weight"}
     assert {names[id(p)] for p in plain["params"]} >= {"predictor.mask_tokens", "context_encoder.norm.weight"}
-    assert decayed["weight_decay"] == 0.05 and plain["weight_decay"] == 0.0
+    assert decayed["weight_decay"] == 0.05
+    assert plain["weight_decay"] == 0.0
     held = {id(p) for group in (decayed, plain) for p in group["params"]}
     assert held == {id(p) for p in model.parameters() if p.requires_grad}

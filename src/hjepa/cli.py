@@ -73,14 +73,15 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--keep-stack", action="store_true", help="leave the S3 and MLflow servers up at the end")
     command.add_argument("--fresh", action="store_true", help="start a new run even if this one is finished")
 
-    for name, (function, help) in {
+    steps: dict[str, tuple[Any, str]] = {
         "resolve-config": (resolve_config, "Validate a configuration, check what it needs, and create its MLflow run."),
         "prepare-data": (prepare_data, "Turn images into verified shards in S3."),
         "train": (train, "Train, or go on from the newest checkpoint."),
         "export": (export, "Export the chosen checkpoint to S3."),
         "evaluate": (evaluate, "Probe the exported encoder beside its baselines."),
         "register": (register, "Register the model and decide on the champion."),
-    }.items():
+    }
+    for name, (function, help) in steps.items():
         command = add(name, function, help)
         _add_config(command)
         _add_home(command)
@@ -97,11 +98,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     stack = commands.add_parser("stack", help="The S3 and MLflow servers on this machine.")
     actions = stack.add_subparsers(title="actions", metavar="ACTION", required=True)
-    for name, function, help in (
+    servers: tuple[tuple[str, Any, str], ...] = (
         ("up", stack_up, "Start the servers and leave them up."),
         ("status", stack_status, "Show whether they run and where."),
         ("down", stack_down, "Stop the servers; their data stays."),
-    ):
+    )
+    for name, function, help in servers:
         _add_home(add(name, function, help, into=actions))
 
     pipeline = commands.add_parser("pipeline", help="The pipeline on a Kubeflow Pipelines server.")

@@ -435,12 +435,10 @@ def _location(tree: Any, loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
     """The part of a pydantic location that is a path in the user's file (it also names union members)."""
     path: list[int | str] = []
     for key in loc:
-        if (isinstance(tree, dict) and key in tree) or (
-            isinstance(tree, list) and isinstance(key, int) and key < len(tree)
-        ):
-            tree = tree[key]
-        else:
+        known = range(len(tree)) if isinstance(tree, list) else tree if isinstance(tree, dict) else ()
+        if key not in known:
             break
+        tree = tree[key]
         path.append(key)
     return tuple(path)
 

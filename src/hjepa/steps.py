@@ -230,9 +230,9 @@ def prepare_data(*, resolved_path: str, dataset_path: str) -> None:
 
     run = Run.read(resolved_path)
     inputs = {"data": run.config.data.model_dump(mode="json")}
+    sent_before = run.store.bytes_sent
     if (manifest := run.finished("prepare_data", inputs)) is None:
         started = time.monotonic()
-        sent_before = run.store.bytes_sent
         source = open_source(run.config.data)
         say(f"source: {source.name}, {source.detail}")
         for note in source.notes:
@@ -240,15 +240,17 @@ def prepare_data(*, resolved_path: str, dataset_path: str) -> None:
         known = f"datasets/{source.name}/recipes/{prepare.prepared_key(source, run.config.data)[:16]}.json"
         try:
             manifest = run.store.get_json(run.store.get_json(known)["dataset"])
+            say("the same images were prepared before: they are used again")
         except ObjectNotFound:
             manifest = _prepare_and_upload(run, source)
             # Written after the data set is complete: whoever finds the recipe finds all of it.
             run.store.put_json(known, {"dataset": f"{run.store.key_of(manifest['uri'])}/dataset.json"})
-        manifest |= {
-            "bytes_uploaded": run.store.bytes_sent - sent_before if manifest.pop("fresh", False) else 0,
-            "seconds": round(time.monotonic() - started, 1),
-        }
+        manifest["seconds"] = round(time.monotonic() - started, 1)
+        uploaded = run.store.bytes_sent - sent_before
         run.record("prepare_data", inputs, manifest)
+    else:
+        uploaded = 0
+    manifest["bytes_uploaded"] = uploaded
     run.tracker.set_tags({"hjepa.dataset": manifest["name"], "hjepa.dataset_digest": manifest["digest"]})
     run.tracker.log_dataset(manifest["name"], manifest["digest"][:16], manifest["uri"], "training")
     write_manifest(dataset_path, manifest)
@@ -267,16 +269,14 @@ def _prepare_and_upload(run: Run, source: Any) -> Json:
     with tempfile.TemporaryDirectory(dir=cache.parent, prefix="prepare-") as workdir:
         prepared = prepare.prepare(source, run.config.data, Path(workdir), progress=lambda state: say(str(state)))
         folder = f"datasets/{source.name}/{prepared.manifest['digest'][:16]}"
-        done = 0
         for file in prepared.files:
             sent = run.store.put_file(f"{folder}/{file.key}", file.path, sha256=file.sha256)
-            done += sent
-            say(f"uploaded {file.key}: {sent:,} bytes" if sent else f"{file.key} is already in the store")
+            say(f"uploaded {file.key}: {sent:,} bytes")
             # What was just made need not be downloaded by the next step on this machine.
             os.replace(file.path, cache / file.sha256)
         manifest: Json = {**prepared.manifest, "uri": run.store.uri(folder)}
         run.store.put_json(f"{folder}/dataset.json", manifest)
-    return manifest | {"fresh": True}
+    return manifest
 
 
 def _shard_cache(config: Config) -> Path:
@@ -661,7 +661,8 @@ def _evaluate(run: Run, dataset: Json, model: Json, folder: Path) -> Json:
     key = run.store.key_of(model["uri"])
     for file, facts in model["files"].items():
         run.store.download(f"{key}/{file}", folder / file, sha256=facts["sha256"])
-    device = pick_device(config.training.device, World())
+    # A pod that evaluates need not have the GPUs that training had.
+    device = pick_device("cpu" if config.training.device == "cpu" else "auto", World())
     splits = {"train": config.evaluation.train_samples, "test": config.evaluation.test_samples}
     present = {name: _open_split(run, dataset, name) for name in splits if name in dataset["splits"]}
 

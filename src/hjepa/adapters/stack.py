@@ -50,6 +50,7 @@ _PORTS = range(20_000, 22_700)  # like their twins, below what systems hand out 
 _START_ATTEMPTS = 3  # each on fresh ports, if somebody took one between the check and the start
 _PATIENCE_SECONDS = 15.0  # a server that runs but does not answer for so long is replaced
 _STOP_SECONDS = 10.0
+_RELEASE_SECONDS = 3.0  # in which the threads of a killed server let go of its ports
 _LOCK_SECONDS = 300.0
 _LOG_BYTES = 16 * 2**20
 
@@ -218,13 +219,13 @@ class Stack:
         s3 = self._servers(settings)[0]
         if not s3.answers(patiently=True):
             _stop(s3.processes())
-            if taken := _taken(s3.ports):
+            if taken := _taken(s3.ports, patience_seconds=_RELEASE_SECONDS):
                 settings = self._write_settings(replace(settings, s3_port=_free_port(_s3_ports)))
                 report(f"port {taken} is in use{_holder(taken)}; S3 moves to {settings.s3_endpoint}")
         mlflow = self._servers(settings)[1]
         if not mlflow.answers(patiently=True):
             _stop(mlflow.processes())
-            if taken := _taken(mlflow.ports):
+            if taken := _taken(mlflow.ports, patience_seconds=_RELEASE_SECONDS):
                 settings = self._write_settings(replace(settings, mlflow_port=_free_port(lambda port: [port])))
                 report(f"port {taken} is in use{_holder(taken)}; MLflow moves to {settings.mlflow_uri}")
         return settings
@@ -482,11 +483,14 @@ class _S3Server(_Server):
     def ready(self) -> bool:
         if not self.answers():
             return False
-        try:  # it answers before it can store anything
-            self._client().put_object(Bucket=BUCKET, Key=".stack/ready", Body=b"")
+        # After a restart it may answer, and take empty objects, for five seconds before it knows where its data is.
+        key = ".stack/ready"
+        try:
+            client = self._client()
+            client.put_object(Bucket=BUCKET, Key=key, Body=b"ready")
+            return client.get_object(Bucket=BUCKET, Key=key)["Body"].read() == b"ready"
         except (BotoCoreError, ClientError):
             return False
-        return True
 
     def _client(self) -> S3Client:
         return boto3.client(
@@ -626,16 +630,25 @@ def _free_port(block: Callable[[int], list[int]], avoid: Iterable[int] = ()) -> 
     raise UserError(f"no free ports between {_PORTS.start} and {_PORTS.stop} on {_HOST}; stop what listens there")
 
 
-def _taken(ports: Iterable[int]) -> int | None:
-    """The first port that cannot be listened on."""
+def _taken(ports: Iterable[int], *, patience_seconds: float = 0) -> int | None:
+    """The first port that cannot be listened on; with patience, one that stays so."""
+    deadline = time.monotonic() + patience_seconds
     for port in ports:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger do no harm
-            try:
-                probe.bind((_HOST, port))
-            except OSError:
+        while not _can_listen(port):
+            if time.monotonic() >= deadline:
                 return port
+            time.sleep(0.05)
     return None
+
+
+def _can_listen(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger do no harm
+        try:
+            probe.bind((_HOST, port))
+        except OSError:
+            return False
+    return True
 
 
 def _holder(port: int) -> str:

@@ -78,7 +78,7 @@ def http_patience(*, timeout_seconds: int, retries: int) -> Iterator[None]:
 def server_errors(uri: str, action: str) -> Iterator[None]:
     """Turns what MLflow's client raises into one TrackingError that says what could not be done, and why."""
     from mlflow.exceptions import MlflowException
-    from requests import RequestException  # type: ignore[import-untyped]
+    from requests import RequestException
 
     try:
         yield

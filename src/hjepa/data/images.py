@@ -58,8 +58,8 @@ def decode(payload: Payload, *, max_pixels: int) -> Picture:
     """
     try:
         if isinstance(payload, np.ndarray):
-            grey = payload.ndim == 3 and payload.shape[2] == 1
-            return _encoded(_visible(Image.fromarray(payload[..., 0] if grey else payload)), "PNG")
+            image = Image.fromarray(payload[..., 0] if payload.shape[2:] == (1,) else payload)
+            return _encoded(image if image.mode in ("L", "RGB") else _visible(image), "PNG")
         if isinstance(payload, Image.Image):
             return _encoded(_visible(payload), "PNG")
         return _decode_file(payload, max_pixels)
@@ -135,15 +135,15 @@ def _eight_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def _encoded(image: Image.Image, kind: str) -> Picture:
+    if kind == "PNG" and image.width * image.height <= MAX_PIXELS:
+        return Picture(image, encode_unfiltered(np.asarray(image)), "png")
     buffer = io.BytesIO()
     bare = Image.frombytes(image.mode, image.size, image.tobytes())  # metadata would speak of the old pixels
-    if kind == "JPEG":
-        # A photo that only had to be turned upright would grow tenfold as a PNG.
-        bare.save(buffer, "JPEG", quality=95, subsampling=0)
-        stored = Image.open(io.BytesIO(buffer.getvalue()))
-        stored.load()
-        return Picture(stored, buffer.getvalue(), "jpg")
-    if bare.width * bare.height <= MAX_PIXELS:
-        return Picture(bare, encode_unfiltered(np.asarray(bare)), "png")
-    bare.save(buffer, "PNG")
-    return Picture(bare, buffer.getvalue(), "png")
+    if kind == "PNG":
+        bare.save(buffer, "PNG")
+        return Picture(bare, buffer.getvalue(), "png")
+    # A photo that only had to be turned upright would grow tenfold as a PNG.
+    bare.save(buffer, "JPEG", quality=95, subsampling=0)
+    stored = Image.open(io.BytesIO(buffer.getvalue()))
+    stored.load()
+    return Picture(stored, buffer.getvalue(), "jpg")

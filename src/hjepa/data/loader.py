@@ -32,7 +32,7 @@ from hjepa.data.transforms import (
 from hjepa.errors import HjepaError, UserError
 
 Fetch = Callable[[str], Path]
-"""Maps the key of a shard or index to a local, verified copy. Must be picklable, and safe in several processes."""
+"""Maps the key of a shard or index to a local, verified copy. Must be safe in several processes."""
 
 MEMORY_BUDGET_BYTES = 256_000_000  # decoded sets up to this size are held in memory
 PREFETCHED_BATCHES = 2
@@ -335,6 +335,7 @@ def _produce(
             batch_size=None,
             sampler=numbers,
             num_workers=num_workers,
+            multiprocessing_context="fork",  # workers inherit decoded sets and ``fetch`` instead of unpickling them
             collate_fn=_identity,
             prefetch_factor=PREFETCHED_BATCHES,
             pin_memory=pin_memory,

@@ -1,5 +1,8 @@
-from hjepa.utils.checkpoint import CheckpointManager
-from hjepa.utils.collapse import CollapseMonitor, collapse_metrics
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from hjepa.utils.logging import MetricsLogger, ProgressTracker
 from hjepa.utils.scheduler import (
     CosineScheduler,
@@ -9,6 +12,10 @@ from hjepa.utils.scheduler import (
     create_ema_scheduler,
     create_lr_scheduler,
 )
+
+if TYPE_CHECKING:
+    from hjepa.utils.checkpoint import CheckpointManager
+    from hjepa.utils.collapse import CollapseMonitor, collapse_metrics
 
 __all__ = [
     "CheckpointManager",
@@ -23,3 +30,12 @@ __all__ = [
     "create_ema_scheduler",
     "create_lr_scheduler",
 ]
+
+# What needs torch is imported when it is asked for: the command line and the light steps do without.
+_LAZY = {"CheckpointManager": "checkpoint", "CollapseMonitor": "collapse", "collapse_metrics": "collapse"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
