@@ -157,7 +157,8 @@ def test_gradients__reach_every_trained_parameter_and_no_target() -> None:
         if name.startswith("target_encoder"):
             assert parameter.grad is None
         else:
-            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
 
 
 def test_encoder__levels_are_cells_of_their_grid_and_all_holds_the_mean_once() -> None:
@@ -166,8 +167,13 @@ def test_encoder__levels_are_cells_of_their_grid_and_all_holds_the_mean_once() -
     images = torch.rand(2, 3, 32, 32)
     embedded = encoder.embed(images)
     assert {level: value.shape[1] for level, value in embedded.items()} == {
-        level: encoder.embedding_dim(int(level) if level != "all" else "all") for level in ("0", "1", "2", "all")
+        "mean": 32,
+        "0": 32,
+        "1": 32,
+        "2": 32,
+        "all": 128,
     }
+    assert (encoder.embedding_dim(1), encoder.embedding_dim("mean"), encoder.embedding_dim()) == (32, 32, 128)
     torch.testing.assert_close(embedded["1"], encoder.tokens(images, 1).amax(1))
     torch.testing.assert_close(embedded["all"][:, :32], encoder.tokens(images, 2).mean(1))
     assert torch.equal(encoder(images, 1), embedded["1"])

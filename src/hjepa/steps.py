@@ -11,6 +11,7 @@ import functools
 import json
 import logging
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -38,6 +39,7 @@ T = TypeVar("T")
 Json = dict[str, Any]
 
 SCHEMA = 1
+PIXELS = 32  # side of the raw-pixel baseline; a linear probe on more would not fit into memory
 
 
 def step(function: Callable[P, T]) -> Callable[P, T]:
@@ -186,7 +188,9 @@ def resolve_config(
     """
     quoted = [f"{key}={json.dumps(value)}" for key, value in settings.items() if value]
     tree = load_config(config, [*overrides, *quoted])
-    preflight.require(preflight.check(tree))
+    # In a cluster this step has neither the GPUs nor the volumes of the steps that need them.
+    here = "KUBERNETES_SERVICE_HOST" not in os.environ
+    preflight.require(preflight.check(tree, source=here, trains_here=here))
     uri = tracking_uri(tree.tracking.uri)
     tags = {"hjepa.config_digest": tree.digest, "hjepa.code_version": code_version()}
     tags |= {
@@ -267,7 +271,16 @@ def _prepare_and_upload(run: Run, source: Any) -> Json:
 
     cache = _shard_cache(run.config)
     with tempfile.TemporaryDirectory(dir=cache.parent, prefix="prepare-") as workdir:
-        prepared = prepare.prepare(source, run.config.data, Path(workdir), progress=lambda state: say(str(state)))
+        try:
+            prepared = prepare.prepare(source, run.config.data, Path(workdir), progress=lambda state: say(str(state)))
+        except prepare.QuarantineError as error:
+            # The report names the files to mend, so it must outlive this folder.
+            key = run.key(prepare.REPORT)
+            run.store.put_bytes(key, error.report.read_bytes())
+            kept = Path(run.config.logging.log_dir) / run.name / prepare.REPORT
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(error.report, kept)
+            raise UserError(f"{error}\nThe report: {kept}, {run.store.uri(key)}") from None
         folder = f"datasets/{source.name}/{prepared.manifest['digest'][:16]}"
         for file in prepared.files:
             sent = run.store.put_file(f"{folder}/{file.key}", file.path, sha256=file.sha256)
@@ -690,7 +703,9 @@ def _evaluate(run: Run, dataset: Json, model: Json, folder: Path) -> Json:
         table += [{**row, **quality[str(row["level"])]} for row in rows]
     if labelled:
         say("judging raw pixels")
-        pixels = {split: evaluation.raw_pixels(batches(split), config.data.image_size) for split in present}
+        pixels = {
+            split: evaluation.raw_pixels(batches(split), min(config.data.image_size, PIXELS)) for split in present
+        }
         table += evaluation.evaluate_features(
             "raw pixels", **pixels, config=config.evaluation, num_classes=len(dataset["classes"])
         )
@@ -698,10 +713,10 @@ def _evaluate(run: Run, dataset: Json, model: Json, folder: Path) -> Json:
         say("the data set has no labels in both splits: label-free measures only, no k-NN and no linear probe")
     prefixes = {"trained": "eval", "random init": "baseline/random", "raw pixels": "baseline/pixels"}
     for row in table:
-        level = row["level"] if row["level"] in {"all", "-"} else f"level_{row['level']}"
-        prefix = prefixes[row["encoder"]] + ("" if level in {"all", "-"} else f"/{level}")
+        level = row["level"]
+        prefix = prefixes[row["encoder"]] + {"all": "", "-": "", "mean": "/mean"}.get(level, f"/level_{level}")
         metrics |= {f"{prefix}/{key}": value for key, value in row.items() if key not in {"encoder", "level"}}
-    for name in ("knn_top1", "linear_top1"):
+    for name in ("knn_top1", "linear_top1", "mean/knn_top1", "mean/linear_top1"):
         if f"eval/{name}" in metrics:
             metrics[f"gain/{name}"] = metrics[f"eval/{name}"] - metrics[f"baseline/random/{name}"]
     primary = config.evaluation.primary_metric if labelled else "eval/rankme"

@@ -73,8 +73,10 @@ def _facts(summary: Summary) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     if "gain/knn_top1" in metrics:
-        gains = f"k-NN {100 * metrics['gain/knn_top1']:+.2f}, linear {100 * metrics['gain/linear_top1']:+.2f} points"
-        table.add_row("gain over random init", gains)
+        for level, prefix in (("all", "gain"), ("mean", "gain/mean")):
+            knn, linear = (100 * metrics[f"{prefix}/{name}"] for name in ("knn_top1", "linear_top1"))
+            name = f"gain over random init, {level}"
+            table.add_row(name, f"k-NN {knn:+.2f}, linear probe {linear:+.2f} points")
     table.add_row("data set", f"{dataset['uri']}  ({dataset['bytes_uploaded']:,} bytes uploaded)")
     table.add_row("checkpoint", summary.checkpoint["uri"])
     table.add_row("model", summary.model["uri"])

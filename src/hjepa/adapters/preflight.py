@@ -11,12 +11,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from hjepa.adapters.s3 import S3Store
 from hjepa.adapters.tracking import http_patience, server_errors, tracking_uri
 from hjepa.config import Config
-from hjepa.data.datasets import check_source
 from hjepa.errors import HjepaError, UserError
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -105,6 +102,8 @@ def _tracking(config: Config) -> Finding:
 
 
 def _device(config: Config) -> Finding:
+    import torch  # here, so that an image without it can run the other checks
+
     wanted = config.training.device
     present = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "cpu" or (wanted == "auto" and present == 0):
@@ -185,6 +184,8 @@ def _disk(name: str, key: str, folder: str, wanted: int) -> Finding:
 
 
 def _source(config: Config) -> Finding:
+    from hjepa.data.datasets import check_source
+
     return Finding("images", True, "; ".join(check_source(config.data)))
 
 

@@ -28,13 +28,17 @@ class HJEPAEncoder(PythonModel):  # type: ignore[misc] # mlflow is not typed
 
         Args:
             model_input: uint8 [N, H, W] or [N, H, W, C]; images of several sizes as an object array of N such images.
-            params: ``level`` is "all" (the default) or the number of one level, such as "0".
+            params: ``level`` is "all" (the default), "mean", or the number of one level, such as "0".
 
         Returns:
             float32 [N, D].
         """
         name = str((params or {}).get("level", "all"))
-        levels: dict[str, int | str] = {"all": "all", **{str(level): level for level in self.encoder.levels}}
+        levels: dict[str, int | str] = {
+            "all": "all",
+            "mean": "mean",
+            **{str(level): level for level in self.encoder.levels},
+        }
         if name not in levels:
             raise ValueError(f"no level {name!r}: expected one of {', '.join(levels)}")
         level = levels[name]

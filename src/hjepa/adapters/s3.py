@@ -50,7 +50,7 @@ _SHA256 = "sha256"  # user metadata that makes an upload recognisable without re
 _BROKEN_BODY = (ReadTimeoutError, ResponseStreamingError, IncompleteReadError)
 
 
-class ObjectNotFound(HjepaError):
+class ObjectNotFound(HjepaError):  # noqa: N818
     """No object has this key."""
 
 

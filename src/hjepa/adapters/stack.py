@@ -461,6 +461,8 @@ class _S3Server(_Server):
             "-s3.allowDeleteBucketNotEmpty=false",
             "-s3.port.iceberg=0",
             "-s3.port.lance=0",
+            "-s3.localSocket=s3.sock",  # not in a folder that all users share
+            "-filer.localSocket=filer.sock",
             "-webdav=false",
             "-admin.ui=false",
             "-master.telemetry=false",

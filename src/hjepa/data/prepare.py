@@ -310,12 +310,12 @@ def _conclude(source: Source, data: DataConfig, workdir: Path, splits: Mapping[s
         counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         raise QuarantineError(
             f"{quarantined} of {total} files ({quarantined / total:.1%}) cannot be used: {counts}; for example "
-            f"{examples}. data.quarantine_limit allows {data.quarantine_limit:.1%}. All of them are in {report}: "
-            "remove or replace them, or raise data.quarantine_limit.",
+            f"{examples}. data.quarantine_limit allows {data.quarantine_limit:.1%}. Remove or replace the files that "
+            "the report lists, or raise data.quarantine_limit.",
             report,
         )
     if splits["train"].samples == 0:
-        raise UserError(f"{source.detail}: no usable image is left to train on; see {report}.")
+        raise QuarantineError(f"{source.detail}: no usable image is left to train on; the report says why.", report)
     labels = {label for result in splits.values() for label in result.labels if label is not None}
     classes = list(source.classes)
     if labels and max(labels) >= len(classes):

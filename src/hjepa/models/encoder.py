@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from hjepa.models.hjepa import merge_cells
 from hjepa.models.vit import VisionTransformer
 
-ALL = "all"
+ALL, MEAN = "all", "mean"
 
 
 class HierarchicalEncoder(nn.Module):
     """A frozen vision transformer read at every level of the hierarchy.
 
     Level l describes an image by its cells of 2^l x 2^l patches, which are what training predicted: means of
-    layer-normed patch tokens. The embedding of a level is the maximum over its cells; the mean over cells, which is
-    the same at every level, is a part of ``all`` once.
+    layer-normed patch tokens. The embedding of a level is the maximum over its cells. The mean over cells, I-JEPA's
+    readout, is the same at every level; it goes by the name ``mean`` and is a part of ``all`` once.
     """
 
     def __init__(self, vit: VisionTransformer, *, num_levels: int):
@@ -33,9 +33,9 @@ class HierarchicalEncoder(nn.Module):
         return self.vit.embed_dim * (self.num_levels + 1 if self._check(level) == ALL else 1)
 
     def _check(self, level: int | str) -> int | str:
-        if level == ALL or level in self.levels:
+        if level in (ALL, MEAN) or level in self.levels:
             return level
-        raise ValueError(f"level: expected one of {self.levels} or {ALL!r}, got {level!r}")
+        raise ValueError(f"level: expected one of {self.levels}, {MEAN!r} or {ALL!r}, got {level!r}")
 
     def tokens(self, x: Tensor, level: int = 0) -> Tensor:
         """Dense features of normalised images ``x`` (B, C, S, S): (B, cells of the level, D), raster order."""
@@ -44,10 +44,11 @@ class HierarchicalEncoder(nn.Module):
         return merge_cells(F.layer_norm(patches, patches.shape[-1:]), level)
 
     def embed(self, x: Tensor) -> dict[str, Tensor]:
-        """Pooled embeddings of normalised images ``x`` (B, C, S, S) for every level key: ``"0"``, ..., ``"all"``."""
+        """Pooled embeddings of normalised images ``x`` (B, C, S, S) by readout: ``mean``, ``0``, ..., ``all``."""
         patches = self.tokens(x)
-        pooled = {str(level): merge_cells(patches, level).amax(1) for level in self.levels}
-        return pooled | {ALL: torch.cat([patches.mean(1), *pooled.values()], 1)}
+        pooled = {MEAN: patches.mean(1)}
+        pooled |= {str(level): merge_cells(patches, level).amax(1) for level in self.levels}
+        return pooled | {ALL: torch.cat(list(pooled.values()), 1)}
 
     def forward(self, x: Tensor, level: int | str = ALL) -> Tensor:
         """Pooled embedding (B, embedding_dim(level)) of normalised images ``x`` (B, C, S, S)."""
