@@ -54,7 +54,7 @@ def pretrain(
         config: Name of a packaged configuration, or YAML text.
         overrides: Settings in the form section.key=value, such as training.lr=3e-4; later ones win.
         data_name: Data set to use; empty keeps what the configuration says.
-        data_root: Where its images are, a folder or s3://bucket/prefix; empty keeps what the configuration says.
+        data_root: Folder of its images; empty keeps what the configuration says.
         storage_uri: Bucket and prefix for everything that is stored; empty keeps what the configuration says.
         storage_endpoint_url: S3 endpoint; empty keeps what the configuration says.
         tracking_uri: MLflow server; empty keeps what the configuration says.

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 from hjepa.adapters.stack import Stack
 
 CONFIG = """
-data: {{name: image-folder, root: "{root}", image_size: 32, crop_scale: [0.5, 1.0], horizontal_flip: true, 
+data: {{name: image-folder, root: "{root}", image_size: 32, crop_scale: [0.5, 1.0], horizontal_flip: true,
        num_workers: 0, cache_dir: "{home}/cache"}}
 model: {{patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2, num_levels: 2, ema: {{momentum: 0.9}},
         predictor: {{embed_dim: 16, depth: 1, num_heads: 2}}}}

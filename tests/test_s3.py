@@ -18,7 +18,7 @@ from pathlib import Path
 import boto3
 import pytest
 
-from hjepa.adapters.s3 import ObjectNotFound, S3Store
+from hjepa.adapters.s3 import ObjectNotFoundError, S3Store
 from hjepa.config import StorageConfig
 from hjepa.errors import HjepaError, UserError
 
@@ -111,7 +111,7 @@ def test_get_bytes__start_past_the_end_is_empty(store: S3Store) -> None:
 
 
 def test_get_bytes__missing_object(store: S3Store) -> None:
-    with pytest.raises(ObjectNotFound, match=r"no object s3://hjepa/tests/.*/nothing"):
+    with pytest.raises(ObjectNotFoundError, match=r"no object s3://hjepa/tests/.*/nothing"):
         store.get_bytes("nothing")
 
 
@@ -209,7 +209,7 @@ def test_download__damaged_object_leaves_the_old_file_and_no_part(store: S3Store
 
 
 def test_download__missing_object_leaves_nothing(store: S3Store, tmp_path: Path) -> None:
-    with pytest.raises(ObjectNotFound):
+    with pytest.raises(ObjectNotFoundError):
         store.download("nothing", tmp_path / "file")
     assert list(tmp_path.iterdir()) == []
 

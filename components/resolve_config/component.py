@@ -26,7 +26,7 @@ def resolve_config(
         config: Name of a packaged configuration, or YAML text.
         overrides: Settings in the form section.key=value; later ones win.
         data_name: Data set to use; empty keeps what the configuration says.
-        data_root: Where its images are; empty keeps what the configuration says.
+        data_root: Folder of its images; empty keeps what the configuration says.
         storage_uri: S3 bucket and prefix; empty keeps what the configuration says.
         storage_endpoint_url: S3 endpoint; empty keeps what the configuration says.
         tracking_uri: MLflow server; empty keeps what the configuration says.

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -101,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     servers: tuple[tuple[str, Any, str], ...] = (
         ("up", stack_up, "Start the servers and leave them up."),
         ("status", stack_status, "Show whether they run and where."),
+        ("env", stack_env, 'Print the variables that point a shell\'s programs at them: eval "$(hjepa stack env)".'),
         ("down", stack_down, "Stop the servers; their data stays."),
     )
     for name, function, help in servers:
@@ -176,6 +178,8 @@ def run(options: argparse.Namespace) -> int:
             keep.touch()
         try:
             stack.up(report=say)
+            # A profile of the user's shell would outrank the keys of these servers, and may not even exist.
+            os.environ.pop("AWS_PROFILE", None)
             environment = {**stack.environment(), "HJEPA_HOME": str(home)}
             say(f"run {name}")
             finished = local_pipeline.run(
@@ -253,8 +257,10 @@ def _summary(finished: Any, options: argparse.Namespace, *, stack_stays: bool) -
 
     registration = read("register-model", "registration")
     model_uri = f"models:/{registration['name']}@{registration['alias']}"
-    again = f"hjepa run --config {options.config} --set model.num_levels=1"
-    look = f"open {registration['mlflow_run_url']}" if stack_stays else "hjepa stack up"
+    program, python = (os.path.relpath(path) for path in (sys.argv[0], sys.executable))
+    again = shlex.join([program, "run", "--config", options.config, "--set", "model.num_levels=1"])
+    up = "" if stack_stays else f"{program} stack up && "
+    use = f"import hjepa; print(hjepa.load_encoder('{model_uri}'))"
     return Summary(
         dataset=read("prepare-data", "dataset"),
         checkpoint=read("train", "checkpoint"),
@@ -265,8 +271,8 @@ def _summary(finished: Any, options: argparse.Namespace, *, stack_stays: bool) -
         overhead_seconds=finished.overhead_seconds,
         commands=[
             ("change one setting and compare", again),
-            ("look at the curves in MLflow", look),
-            ("use the encoder", f"python -c \"import hjepa; print(hjepa.load_encoder('{model_uri}'))\""),
+            ("look at the curves in MLflow", f"{up}open '{registration['mlflow_run_url']}'"),
+            ("use the encoder", f'{up}eval "$({program} stack env)" && {python} -c "{use}"'),
         ],
     )
 
@@ -280,6 +286,7 @@ def _by_hand(options: argparse.Namespace) -> Mapping[str, str]:
 
     stack = Stack(options.home)
     if stack.status().healthy and "AWS_ENDPOINT_URL" not in os.environ:
+        os.environ.pop("AWS_PROFILE", None)
         os.environ.update(stack.environment())
     config = load_config(options.config, options.set)
     folder = options.home / "runs" / run_name(options, config)
@@ -405,6 +412,13 @@ def stack_status(options: argparse.Namespace) -> int:
         where = f" at {server.url} (process {server.pid})" if server.running else ""
         say(f"{server.name}: {state}{where}")
     return 0 if status.healthy else 1
+
+
+def stack_env(options: argparse.Namespace) -> None:
+    from hjepa.adapters.stack import Stack
+
+    for name, value in Stack(options.home).environment().items():
+        print(f"export {name}={shlex.quote(value)}")
 
 
 def stack_down(options: argparse.Namespace) -> None:

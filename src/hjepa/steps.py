@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from hjepa import __version__
 from hjepa.adapters import preflight
 from hjepa.adapters.lifeline import die_with_parent
-from hjepa.adapters.s3 import ObjectNotFound, S3Store
+from hjepa.adapters.s3 import ObjectNotFoundError, S3Store
 from hjepa.adapters.tracking import MetricStream, Tracker, tracking_uri
 from hjepa.config import Config, dump_yaml, flatten, load_config, sha256_json, validate
 from hjepa.errors import HjepaError, UserError
@@ -130,7 +130,7 @@ class Run:
         """The recorded result of a step of this run, if it was made from the same inputs."""
         try:
             record = self.store.get_json(self.key(f"steps/{name}.json"))
-        except ObjectNotFound:
+        except ObjectNotFoundError:
             return None
         if record["inputs"] != sha256_json(inputs):
             return None
@@ -245,7 +245,7 @@ def prepare_data(*, resolved_path: str, dataset_path: str) -> None:
         try:
             manifest = run.store.get_json(run.store.get_json(known)["dataset"])
             say("the same images were prepared before: they are used again")
-        except ObjectNotFound:
+        except ObjectNotFoundError:
             manifest = _prepare_and_upload(run, source)
             # Written after the data set is complete: whoever finds the recipe finds all of it.
             run.store.put_json(known, {"dataset": f"{run.store.key_of(manifest['uri'])}/dataset.json"})

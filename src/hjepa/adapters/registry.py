@@ -450,14 +450,14 @@ def _into_cache(read: Callable[[str, Path], None]) -> Path:
 
 
 def _s3_reader(uri: str) -> Callable[[str, Path], None]:
-    from hjepa.adapters.s3 import ObjectNotFound, S3Store
+    from hjepa.adapters.s3 import ObjectNotFoundError, S3Store
 
     store = S3Store(uri)
 
     def read(name: str, folder: Path) -> None:
         try:
             store.download(name, folder / name)
-        except ObjectNotFound:
+        except ObjectNotFoundError:
             raise UserError(f"no exported encoder at {uri}: {name} is missing there") from None
 
     return read

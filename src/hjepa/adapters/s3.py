@@ -50,7 +50,7 @@ _SHA256 = "sha256"  # user metadata that makes an upload recognisable without re
 _BROKEN_BODY = (ReadTimeoutError, ResponseStreamingError, IncompleteReadError)
 
 
-class ObjectNotFound(HjepaError):  # noqa: N818
+class ObjectNotFoundError(HjepaError):
     """No object has this key."""
 
 
@@ -65,7 +65,7 @@ class S3Store:
     """Objects below ``s3://bucket/prefix``.
 
     Every method raises UserError for what the caller can mend (credentials, bucket), HjepaError for the server's
-    failures (unreachable, full), and ObjectNotFound where a key is read that does not exist.
+    failures (unreachable, full), and ObjectNotFoundError where a key is read that does not exist.
     """
 
     def __init__(
@@ -367,8 +367,8 @@ class S3Store:
                 raise
             self._bucket_seen = True
 
-    def _not_found(self, key: str) -> ObjectNotFound:
-        return ObjectNotFound(f"there is no object {self.uri(key)} at {self.endpoint}")
+    def _not_found(self, key: str) -> ObjectNotFoundError:
+        return ObjectNotFoundError(f"there is no object {self.uri(key)} at {self.endpoint}")
 
     def _no_bucket(self) -> UserError:
         return UserError(

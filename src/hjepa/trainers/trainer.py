@@ -308,7 +308,8 @@ class HJEPATrainer:
         epoch = min(self.step / self.steps_per_epoch, self.config.training.epochs)
         say(
             f"epoch {epoch:.2f}/{self.config.training.epochs}  step {self.step}/{self.total_steps}  loss {loss:.4f} "
-            f"({parts})  lr {lr:.2e}  {rate:.0f} images/s  data wait {wait:.0%}  ETA {format_seconds(progress.get_eta())}"
+            f"({parts})  lr {lr:.2e}  {rate:.0f} images/s  data wait {wait:.0%}  "
+            f"ETA {format_seconds(progress.get_eta())}"
         )
 
     def _end_of_epoch(self) -> None:
