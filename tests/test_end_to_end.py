@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from hjepa.adapters.stack import Stack
+from hjepa.utils.checkpoint import LATEST, read_checkpoint
 
 CONFIG = """
 data: {{name: image-folder, root: "{root}", image_size: 32, crop_scale: [0.5, 1.0], horizontal_flip: true,
@@ -139,13 +141,7 @@ def test_pipeline__survives_a_kill_compares_runs_and_gives_a_usable_model(home: 
     assert max(steps_of(first)) == 540
     assert re.search(r"shapes version 1 @ champion", first)
 
-    # 2. The same command once more redoes nothing and registers nothing.
-    again = run(home)
-    assert again.count("already done") == 4
-    assert steps_of(again) == []
-    assert "shapes version 1 @ champion" in again
-
-    # 3. One changed setting: the data set is used again, a second row, and a decision with its reason.
+    # 2. One changed setting: the data set is used again, a second row, and a decision with its reason.
     second = run(home, "--set", "training.epochs=2", "--set", "collapse.frequency=1")
     assert "0 bytes uploaded" in second
     assert re.search(r"shapes version 2 @ (champion|challenger)", second)
@@ -168,7 +164,7 @@ def test_pipeline__survives_a_kill_compares_runs_and_gives_a_usable_model(home: 
         history = client.get_metric_history(finished.info.run_id, "train/loss")
         assert [m.step for m in history] == sorted({m.step for m in history}), "images seen, each once"
 
-    # 4. A fresh process with only the package: the registered model embeds as evaluation did.
+    # 3. A fresh process with only the package: the registered model embeds as evaluation did.
     script = """
 import json, sys, numpy as np, mlflow, torch, hjepa
 from pathlib import Path
@@ -193,7 +189,7 @@ print(json.dumps({"worst": worst, "pickles": sorted(m for m in sys.modules if m 
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["worst"] < 1e-5
 
-    # 5. Down means down.
+    # 4. Down means down.
     down = subprocess.run(
         [sys.executable, "-m", "hjepa.cli", "stack", "down", "--home", str(home)], capture_output=True, check=False
     )
@@ -202,12 +198,32 @@ print(json.dumps({"worst": worst, "pickles": sorted(m for m in sys.modules if m 
 
 
 def test_ctrl_c__saves_the_state_and_leaves_nothing_running(home: Path) -> None:
-    name = ("--run", "interrupted")
-    stopped = run_until(home, "step 100/", signal.SIGINT, *name)
+    stopped = run_until(home, "step 100/", signal.SIGINT, "--run", "interrupted")
     assert stopped.returncode == 130
     assert of_home(home) == []
-    output = run(home, *name, "--set", "evaluation.linear_iterations=60")
-    resumed = re.search(r"resumed from \S+ at step (\d+) of 540", output)
-    assert resumed, output
-    assert int(resumed[1]) >= 100
-    assert of_home(home) == []
+    assert read_checkpoint(home / "checkpoints" / "interrupted" / LATEST)["step"] >= 100
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.name=fashon-mnist"], "Did you mean fashion-mnist"),
+        (["data.root=/nowhere"], "/nowhere"),
+        (["training.lr=fast", "model.depht=3"], "2 mistakes"),
+    ],
+)
+def test_mistake__is_told_before_any_server_starts(home: Path, overrides: list[str], message: str) -> None:
+    arguments = [part for override in overrides for part in ("--set", override)]
+    done = subprocess.run(command(home, *arguments), capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "starting" not in done.stdout
+
+
+def test_one_home__takes_one_run_at_a_time(home: Path) -> None:
+    with (home / "run.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(command(home), capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert "another run" in done.stderr

@@ -163,9 +163,11 @@ def run(options: argparse.Namespace) -> int:
 
     from hjepa.adapters import local_pipeline
     from hjepa.adapters.stack import Stack
+    from hjepa.data.datasets import check_source
     from hjepa.summary import show
 
     config = load_config(options.config, options.set)
+    check_source(config.data)  # again in resolve_config, but a misspelt name should not have to wait for servers
     home: Path = options.home.expanduser().resolve()
     name = run_name(options, config)
     with _only_user(home):
@@ -174,13 +176,9 @@ def run(options: argparse.Namespace) -> int:
         stack = Stack(home)
         keep = home / "keep-stack"
         if options.keep_stack:
-            home.mkdir(parents=True, exist_ok=True)
             keep.touch()
         try:
-            stack.up(report=say)
-            # A profile of the user's shell would outrank the keys of these servers, and may not even exist.
-            os.environ.pop("AWS_PROFILE", None)
-            environment = {**stack.environment(), "HJEPA_HOME": str(home)}
+            environment = _servers(stack, config)
             say(f"run {name}")
             finished = local_pipeline.run(
                 compiled_pipeline(),
@@ -193,6 +191,23 @@ def run(options: argparse.Namespace) -> int:
             if not keep.exists():
                 stack.down()
     return 0
+
+
+def _servers(stack: Any, config: Config) -> dict[str, str]:
+    """Start the servers that the configuration does not name itself; the variables that lead to them."""
+    own_s3, own_mlflow = config.storage.endpoint_url is None, config.tracking.uri is None
+    if not own_s3 and not own_mlflow:
+        return {}
+    stack.up(report=say)
+    variables: dict[str, str] = stack.environment()
+    if own_s3:
+        # A profile of the user's shell would outrank the keys of this server, and may not even exist.
+        os.environ.pop("AWS_PROFILE", None)
+    else:
+        variables = {key: value for key, value in variables.items() if not key.startswith("AWS_")}
+    if not own_mlflow:
+        variables = {key: value for key, value in variables.items() if not key.startswith("MLFLOW_")}
+    return variables
 
 
 def run_name(options: argparse.Namespace, config: Config) -> str:

@@ -229,9 +229,12 @@ class TrainLoader:
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         """The batches of steps ``start_step`` to ``stop_step - 1``, made ahead of their use."""
-        yield from _produce(
-            self.batch, range(start_step, stop_step), num_workers=self.num_workers, pin_memory=self.pin_memory
-        )
+        steps = range(start_step, stop_step)
+        if self._uncropped is not None and not self.pin_memory:
+            # Picking rows takes microseconds; a second thread doing it would fight training for the cores.
+            yield from map(self.batch, steps)
+            return
+        yield from _produce(self.batch, steps, num_workers=self.num_workers, pin_memory=self.pin_memory)
 
     def batch(self, step: int) -> Batch:
         samples, epochs = global_batch(step, batch_size=self.batch_size, seed=self.seed, n=len(self.dataset))
