@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import time
@@ -14,6 +15,7 @@ from hjepa.config import DataConfig
 from hjepa.data.datasets import DATASETS, check_source, open_source
 from hjepa.data.fashion_mnist import FILES
 from hjepa.data.sources import hold_out
+from hjepa.data.torchvision_sets import OTHER_TASKS, find, names, open_torchvision
 from hjepa.errors import UserError
 
 
@@ -187,6 +189,57 @@ def test_folder__fingerprint_follows_content(tmp_path: Path) -> None:
     assert open_source(data).fingerprint() != before
 
 
+@pytest.mark.parametrize("layout", ["{}", "train/{}"])
+def test_folder__fingerprint_follows_added_and_removed_files(tmp_path: Path, layout: str) -> None:
+    data = tree(tmp_path, [layout.format(name) for name in classed("a", "b")])
+    before = open_source(data).fingerprint()
+    added = tmp_path / layout.format("b/new.jpg")
+    added.write_bytes(jpeg())
+    assert open_source(data).fingerprint() != before
+    added.unlink()
+    assert open_source(data).fingerprint() == before
+    (tmp_path / layout.format("a/3.jpg")).unlink()
+    assert open_source(data).fingerprint() != before
+
+
+@pytest.mark.parametrize("layout", ["{}/0.jpg", "train/{}/0.jpg"])
+def test_folder__one_image_per_class_has_no_test_split_and_says_so(tmp_path: Path, layout: str) -> None:
+    source = open_source(tree(tmp_path, [layout.format(i) for i in range(9)]))
+    assert {name: len(split) for name, split in source.splits.items()} == {"train": 9}
+    assert any("no test split" in note and "probes are skipped" in note for note in source.notes)
+
+
+def test_folder__a_single_class_with_two_images_is_enough_to_hold_out(tmp_path: Path) -> None:
+    source = open_source(tree(tmp_path, [*(f"{i}/0.jpg" for i in range(9)), "0/1.jpg"]))
+    assert {name: len(split) for name, split in source.splits.items()} == {"train": 9, "test": 1}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"{i}.jpg" for i in range(8)],  # of which one is held out
+        [f"{i}/0.jpg" for i in range(7)],
+        [f"train/a/{i}.jpg" for i in range(7)] + [f"test/a/{i}.jpg" for i in range(20)],
+    ],
+)
+def test_folder__with_fewer_than_eight_to_train_on_is_refused_before_any_work(tmp_path: Path, names: list[str]) -> None:
+    with pytest.raises(UserError, match=r"data\.root=.*: 7 usable images.*at least 8.*Add images"):
+        check_source(tree(tmp_path, names))
+    for i in range(2):
+        tree(tmp_path, [f"{Path(names[0]).parent}/more{i}.jpg"])
+    assert check_source(DataConfig(root=str(tmp_path)))
+
+
+def test_folder__unusable_files_do_not_count_as_images_to_train_on(tmp_path: Path) -> None:
+    data = tree(tmp_path, [f"train/{i}.jpg" for i in range(9)] + [f"test/{i}.jpg" for i in range(9)])
+    data = data.model_copy(update={"quarantine_limit": 0.5})
+    assert check_source(data)
+    for i in range(2):
+        (tmp_path / "train" / f"{i}.jpg").write_text("x")
+    with pytest.raises(UserError, match="7 usable images"):
+        check_source(data)
+
+
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5, 0.99])
 def test_hold_out__partitions_and_keeps_every_class_on_both_sides(fraction: float) -> None:
     names, labels = [str(i) for i in range(200)], [i % 7 for i in range(200)]
@@ -217,14 +270,101 @@ def test_torchvision__files_are_taken_as_they_are(tmp_path: Path) -> None:
     assert payload.startswith(b"\xff\xd8")
 
 
-def test_torchvision__set_that_is_not_for_classification_is_refused() -> None:
-    with pytest.raises(UserError, match="Kinetics"):
-        open_source(DataConfig(name="Kinetics", root="/nonexistent"))
+def idx(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, dtype=">u4").tobytes()
+    path.write_bytes(header + array.astype(np.uint8).tobytes())
 
 
-def test_torchvision__set_that_cannot_be_downloaded_needs_a_root() -> None:
+def emnist(root: Path, **samples: int) -> DataConfig:
+    """The files of EMNIST's split "balanced" as torchvision unpacks them."""
+    for part, count in samples.items():
+        images = np.random.default_rng(count).integers(0, 256, (count, 28, 28))
+        idx(root / "EMNIST" / "raw" / f"emnist-balanced-{part}-images-idx3-ubyte", images)
+        idx(root / "EMNIST" / "raw" / f"emnist-balanced-{part}-labels-idx1-ubyte", np.arange(count) % 47)
+    return DataConfig(name="EMNIST", root=str(root))
+
+
+def test_torchvision__emnist_is_its_balanced_split_with_its_own_test_images(tmp_path: Path) -> None:
+    source = open_source(emnist(tmp_path, train=94, test=47))
+    assert {name: len(split) for name, split in source.splits.items()} == {"train": 94, "test": 47}
+    assert len(source.classes) == 47
+    assert "split=balanced" in source.detail
+
+
+def test_torchvision__people_who_are_in_no_test_split_are_held_out_of_train(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("torchvision").datasets
+    base = tmp_path / "celeba"
+    tree(base / "img_align_celeba", [f"{i:06d}.jpg" for i in range(30)])
+    rows = [f"{i:06d}.jpg" for i in range(30)]
+    tables = {
+        "list_eval_partition.txt": [f"{row} {2 * (i >= 20)}" for i, row in enumerate(rows)],
+        "identity_CelebA.txt": [f"{row} {i % 5 + 5 * (i >= 20)}" for i, row in enumerate(rows)],
+        **{
+            f"list_{what}.txt": ["30", "x y", *(f"{row} 1 -1" for row in rows)]
+            for what in ("bbox_celeba", "landmarks_align_celeba", "attr_celeba")
+        },
+    }
+    for name, lines in tables.items():
+        (base / name).write_text("\n".join(lines) + "\n")
+    # The published files are known by their checksums, which those above do not have.
+    celeba = type("CelebA", (datasets.CelebA,), {"file_list": [("", None, name) for name in tables]})
+    source = open_torchvision(DataConfig(name="CelebA", root=str(tmp_path)), celeba)
+    assert {name: len(split) for name, split in source.splits.items()} == {"train": 18, "test": 2}
+    labels = {split.read(i)[1] for split in source.splits.values() for i in range(len(split))}
+    assert labels == set(range(5))
+    assert any("held out" in note for note in source.notes)
+
+
+def test_torchvision__test_images_without_labels_give_way_to_those_with_labels(tmp_path: Path) -> None:
+    # CLEVR publishes labels for train and val, but not for test.
+    base = tmp_path / "clevr" / "CLEVR_v1.0"
+    for part, count in (("train", 12), ("val", 3), ("test", 4)):
+        tree(base / "images" / part, [f"{i}.png" for i in range(count)])
+        scenes = [{"image_filename": f"{i}.png", "objects": [{}] * (i % 3 + 1)} for i in range(count)]
+        if part != "test":
+            (base / "scenes").mkdir(exist_ok=True)
+            (base / "scenes" / f"CLEVR_{part}_scenes.json").write_text(json.dumps({"scenes": scenes}))
+    source = open_source(DataConfig(name="CLEVRClassification", root=str(tmp_path)))
+    assert {name: len(split) for name, split in source.splits.items()} == {"train": 12, "test": 3}
+
+
+def test_torchvision__fingerprint_follows_the_files_under_the_root(tmp_path: Path) -> None:
+    data = emnist(tmp_path, train=94, test=47)
+    before = open_source(data).fingerprint()
+    assert open_source(data).fingerprint() == before
+    images = tmp_path / "EMNIST" / "raw" / "emnist-balanced-train-images-idx3-ubyte"
+    content = bytearray(images.read_bytes())
+    content[100] ^= 1  # of the same length
+    images.write_bytes(content)
+    assert open_source(data).fingerprint() != before
+
+
+def test_torchvision__set_made_for_another_task_is_refused_before_a_download(tmp_path: Path) -> None:
+    for title in (title for titles in OTHER_TASKS.values() for title in titles):
+        with pytest.raises(UserError, match=rf"data\.name={title} is not a set of labelled images.*Choose one"):
+            check_source(DataConfig(name=title, root=str(tmp_path), cache_dir=str(tmp_path)))
+        with pytest.raises(UserError, match=rf"data\.name={title} is not a set"):
+            open_source(DataConfig(name=title, root=str(tmp_path), cache_dir=str(tmp_path)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_torchvision__every_class_is_either_for_classification_or_refused() -> None:
+    usable = [
+        "Caltech101", "Caltech256", "CelebA", "CIFAR10", "CIFAR100", "CLEVRClassification", "Country211", "DTD",
+        "EMNIST", "EuroSAT", "FakeData", "FashionMNIST", "FER2013", "FGVCAircraft", "Flowers102", "Food101",
+        "GTSRB", "ImageFolder", "Imagenette", "ImageNet", "INaturalist", "KMNIST", "LFWPeople", "MNIST", "Omniglot",
+        "OxfordIIITPet", "PCAM", "Places365", "QMNIST", "RenderedSST2", "SEMEION", "StanfordCars", "STL10",
+        "SUN397", "SVHN", "USPS",
+    ]  # fmt: skip
+    assert sorted(names()) == sorted(usable)
+    assert find("wrap_dataset_for_transforms_v2") is None
+
+
+@pytest.mark.parametrize("name", ["ImageNet", "LFWPeople", "StanfordCars"])
+def test_torchvision__set_that_cannot_be_downloaded_needs_a_root(name: str) -> None:
     with pytest.raises(UserError, match=r"set data\.root to its folder"):
-        check_source(DataConfig(name="ImageNet"))
+        check_source(DataConfig(name=name))
 
 
 # -- Fashion-MNIST ---------------------------------------------------------------------------------------------------

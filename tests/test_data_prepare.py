@@ -18,7 +18,7 @@ from PIL import Image
 from hjepa.config import DataConfig
 from hjepa.data.datasets import open_source
 from hjepa.data.loader import ShardDataset
-from hjepa.data.prepare import Prepared, Progress, QuarantineError, prepare, prepared_key
+from hjepa.data.prepare import Prepared, Progress, QuarantineError, prepare, prepared_key, scratch
 from hjepa.data.sources import ArraySplit, Source
 from hjepa.errors import UserError
 
@@ -106,7 +106,7 @@ def test_prepare__statistics_weigh_every_image_alike(tmp_path: Path) -> None:
 
 
 def test_prepare__constant_images_have_a_usable_std(tmp_path: Path) -> None:
-    source = Source("black", "made here", {"train": ArraySplit(np.zeros((3, 8, 8), dtype=np.uint8), None)})
+    source = Source("black", "made here", {"train": ArraySplit(np.zeros((9, 8, 8), dtype=np.uint8), None)})
     assert prepare(source, DataConfig(channels=1), tmp_path).manifest["statistics"]["std"] == [1 / 255]
 
 
@@ -122,11 +122,11 @@ def test_prepare__arrays_come_back_exactly(tmp_path: Path) -> None:
 
 def test_prepare__labels_without_names_are_numbered(tmp_path: Path) -> None:
     source = Source(
-        "numbers", "made here", {"train": ArraySplit(np.zeros((4, 8, 8), np.uint8), np.array([0, 2, 2, 0]))}
+        "numbers", "made here", {"train": ArraySplit(np.zeros((8, 8, 8), np.uint8), np.array([0, 2, 2, 0] * 2))}
     )
     manifest = prepare(source, DataConfig(), tmp_path).manifest
     assert manifest["classes"] == ["0", "1", "2"]
-    assert manifest["splits"]["train"]["per_class"] == [2, 0, 2]
+    assert manifest["splits"]["train"]["per_class"] == [4, 0, 4]
 
 
 def digest(source: Source, data: DataConfig, workdir: Path) -> str:
@@ -176,13 +176,37 @@ def test_quarantine__above_the_limit_fails_and_keeps_the_report(folder: DataConf
     assert len(caught.value.report.read_text().splitlines()) == 5
 
 
-def test_quarantine__nothing_left_is_an_error_even_without_a_limit(tmp_path: Path) -> None:
-    root = tmp_path / "in"
-    root.mkdir()
-    (root / "a.jpg").write_text("x")
-    data = DataConfig(root=str(root), quarantine_limit=1.0)
-    with pytest.raises(UserError, match="no usable image is left"):
+@pytest.mark.parametrize("usable", [0, 7])
+def test_quarantine__too_few_left_to_train_on_is_an_error_even_without_a_limit(tmp_path: Path, usable: int) -> None:
+    for i in range(10):
+        save(tmp_path / "in" / "train" / f"{i}.png", picture(i))
+        save(tmp_path / "in" / "test" / f"{i}.png", picture(i))
+        if i >= usable:
+            (tmp_path / "in" / "train" / f"{i}.png").write_text("x")
+    data = DataConfig(root=str(tmp_path / "in"), quarantine_limit=1.0)
+    with pytest.raises(QuarantineError, match=rf"{usable} of 10 training images.*at least 8.*'\d\.png'") as caught:
         prepare(open_source(data), data, tmp_path / "out")
+    assert len(caught.value.report.read_text().splitlines()) == 10 - usable
+
+
+def test_prepare__too_few_images_are_refused_before_any_is_read(tmp_path: Path) -> None:
+    source = Source("few", "made here", {"train": ArraySplit(np.zeros((7, 8, 8), np.uint8), None)})
+    with pytest.raises(UserError, match=r"made here: 7 usable images.*at least 8.*Add images"):
+        prepare(source, DataConfig(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_quarantine__a_test_split_that_it_emptied_is_left_out(tmp_path: Path) -> None:
+    for i in range(20):
+        save(tmp_path / "in" / "train" / "ab"[i % 2] / f"{i}.png", picture(i))
+    (tmp_path / "in" / "test" / "a").mkdir(parents=True)
+    (tmp_path / "in" / "test" / "a" / "0.png").write_text("x")
+    data = DataConfig(root=str(tmp_path / "in"), quarantine_limit=0.5)
+    prepared = prepare(open_source(data), data, tmp_path / "out")
+    assert list(prepared.manifest["splits"]) == ["train"]
+    assert any("test split is left out" in note for note in prepared.manifest["source"]["notes"])
+    assert not [file.key for file in prepared.files if file.key.startswith("test")]
+    assert prepared.manifest["quarantine"]["total"] == 1
 
 
 def test_quarantine__names_that_are_not_utf8_are_reported(folder: DataConfig, tmp_path: Path) -> None:
@@ -232,3 +256,56 @@ def test_prepare__workers_die_with_a_killed_parent(tmp_path: Path) -> None:
     while any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+# -- work folders ----------------------------------------------------------------------------------------------------
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from hjepa.data.prepare import scratch
+
+with scratch(Path(sys.argv[1])) as folder:
+    (folder / "train-000000.tar").write_bytes(bytes(1000))
+    print(folder.name, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_scratch__is_removed_at_the_end_also_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), scratch(tmp_path / "cache") as folder:  # noqa: PT012
+        (folder / "file").write_text("x")
+        assert folder.parent == tmp_path / "cache"
+        assert folder.name.startswith(f"prepare-{os.getpid()}-")
+        raise RuntimeError
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_scratch__removes_what_a_killed_process_left_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "prepare-of-somebody-else").mkdir()
+    (tmp_path / "shards").mkdir()
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        theirs = tmp_path / process.stdout.readline().strip()
+        try:
+            with scratch(tmp_path):
+                assert (theirs / "train-000000.tar").exists()  # its owner runs
+        finally:
+            process.kill()
+    assert theirs.exists()
+    with scratch(tmp_path) as ours:
+        assert {path.name for path in tmp_path.iterdir()} == {"prepare-of-somebody-else", "shards", ours.name}
+
+
+def test_scratch__a_process_number_that_was_given_again_owns_nothing(tmp_path: Path) -> None:
+    with scratch(tmp_path) as folder:
+        mine = folder.name.removeprefix(f"prepare-{os.getpid()}-")
+    started, _, rest = mine.partition("-")
+    old = tmp_path / f"prepare-{os.getpid()}-{int(started) - 60}-{rest}"
+    old.mkdir()
+    elsewhere = tmp_path / f"prepare-{os.getpid()}-{int(started) - 60}-another-host-abc"
+    elsewhere.mkdir()
+    with scratch(tmp_path):
+        assert not old.exists()
+        assert elsewhere.exists()

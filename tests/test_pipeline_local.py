@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -169,6 +170,19 @@ def test_run__second_one_in_the_same_folder_leaves_the_first_ones_artifacts(comp
 def test_run__output_that_is_no_text_and_has_no_end_of_line(compiled: Path, tmp_path: Path) -> None:
     _, shown = run(compiled, tmp_path, mode="unpadded")
     assert "[use-data] \\udcff file name no end of line" in shown
+
+
+def test_run__interpreter_in_a_folder_with_a_blank(compiled: Path, tmp_path: Path) -> None:
+    virtual = tmp_path / "a b" / "$HOME"
+    venv.create(virtual, symlinks=True)
+    packages = virtual / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
+    (packages / "outside.pth").write_text("\n".join(folder for folder in sys.path if Path(folder).is_dir()))
+    code = DRIVER + "print(sys.executable)"
+    command = [str(virtual / "bin" / "python"), "-c", code, str(compiled), "", str(tmp_path / "work space"), "1"]
+    environment = {**os.environ, "HJEPA_TEST_MARK": MARK}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert "[use-data] done in" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == command[0]  # only KFP's own process sees the quotes
 
 
 def test_run__lines_arrive_before_the_step_has_ended(compiled: Path, tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ import kfp_server_api
 import pytest
 import yaml
 from fake_kfp_server import FakeKfpServer
+from google.protobuf import json_format
+from kfp.pipeline_spec import pipeline_spec_pb2
 
 from hjepa.adapters import kfp_server
 from hjepa.adapters.kfp_server import Server
@@ -74,12 +76,55 @@ def test_upload__changed_pipeline_becomes_a_new_version_of_the_same_pipeline(
 
 
 def test_upload__finds_a_version_beyond_the_first_page(fake: FakeKfpServer) -> None:
-    first = kfp_server.upload(Server(fake.url), COMPILED, version="v1")
-    for number in range(2, 6):
-        kfp_server.upload(Server(fake.url), COMPILED, version=f"v{number}")
-    with pytest.raises(UserError, match=r"has a version 'v5' already; choose another --version"):
-        kfp_server.upload(Server(fake.url), COMPILED, version="v5")
-    assert first.pipeline_id in fake.state.pipelines
+    uploaded = [kfp_server.upload(Server(fake.url), COMPILED, version=f"v{number}") for number in range(1, 6)]
+    again = kfp_server.upload(Server(fake.url), COMPILED, version="v5")
+    assert (again.version_id, again.created) == (uploaded[-1].version_id, False)
+
+
+@pytest.mark.parametrize("registry", [None, "registry.example.com/team"])
+def test_version__taken_by_another_pipeline_is_refused(
+    fake: FakeKfpServer, tmp_path: Path, registry: str | None
+) -> None:
+    server = Server(fake.url)
+    kfp_server.upload(server, COMPILED, version="v1")
+    changed = COMPILED
+    if registry is None:
+        changed = tmp_path / "changed.yaml"
+        changed.write_text(COMPILED.read_text("utf-8").replace("maxRetryCount: 5", "maxRetryCount: 6"), "utf-8")
+    for start in (kfp_server.upload, lambda *given, **named: kfp_server.run(*given, {}, **named)):
+        with pytest.raises(UserError, match=r"has a version 'v1' already.* choose another --pipeline-version"):
+            start(server, changed, version="v1", registry=registry)
+    assert (len(fake.state.versions), len(fake.state.runs)) == (1, 0)
+
+
+def test_version__same_pipeline_without_settings_for_kubernetes(fake: FakeKfpServer, tmp_path: Path) -> None:
+    plain = tmp_path / "plain.yaml"
+    plain.write_text(yaml.safe_dump(next(yaml.safe_load_all(COMPILED.read_text("utf-8")))), "utf-8")
+    assert kfp_server.upload(Server(fake.url), plain, version="v1").created
+    assert not kfp_server.upload(Server(fake.url), plain, version="v1").created
+    with pytest.raises(UserError, match="another pipeline"):  # the same steps, but with settings
+        kfp_server.upload(Server(fake.url), COMPILED, version="v1")
+
+
+def test_version__run_of_an_uploaded_one_uses_it(fake: FakeKfpServer) -> None:
+    uploaded = kfp_server.upload(Server(fake.url), COMPILED, version="v1")
+    (version,) = fake.state.versions.values()
+    # A real server parses what it is given: defaults vanish, and numbers come back as floats.
+    message = json_format.ParseDict(version["pipeline_spec"]["pipeline_spec"], pipeline_spec_pb2.PipelineSpec())
+    version["pipeline_spec"]["pipeline_spec"] = json_format.MessageToDict(message)
+    for _ in range(2):
+        kfp_server.run(Server(fake.url), COMPILED, {}, version="v1")
+    assert len(fake.state.versions) == 1
+    used = {run["pipeline_version_reference"]["pipeline_version_id"] for run in fake.state.runs.values()}
+    assert used == {uploaded.version_id}
+
+
+def test_upload__two_pipelines_of_that_name_say_what_to_do(fake: FakeKfpServer) -> None:
+    kfp_server.upload(Server(fake.url), COMPILED)
+    (pipeline,) = fake.state.pipelines.values()
+    fake.state.pipelines["twin"] = {**pipeline, "pipeline_id": "twin"}
+    with pytest.raises(UserError, match=r"2 pipelines on .* delete all but one of them there"):
+        kfp_server.upload(Server(fake.url), COMPILED)
 
 
 def test_upload__registry_is_put_in_front_of_every_image(fake: FakeKfpServer) -> None:

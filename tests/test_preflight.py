@@ -59,7 +59,7 @@ def found(findings: list[Finding], name: str) -> Finding:
 @pytest.mark.usefixtures("stack_environment", "images")
 def test_check__everything_fine(tmp_path: Path) -> None:
     findings = check(config(tmp_path, storage__uri="s3://hjepa/preflight-fine"))
-    names = ["S3", "MLflow", "device", "shared memory", "checkpoint disk", "cache disk", "images"]
+    names = ["masks", "S3", "MLflow", "device", "shared memory", "checkpoint disk", "cache disk", "logs", "images"]
     assert [finding.name for finding in findings] == names
     assert [finding for finding in findings if not finding.ok] == []
     assert all(finding.detail for finding in findings)
@@ -72,7 +72,7 @@ def test_check__everything_fine(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("stack_environment")
 def test_check__machine_that_does_not_train(tmp_path: Path) -> None:
     findings = check(config(tmp_path, training__device="cuda:63"), source=False, trains_here=False)
-    assert [(finding.name, finding.ok) for finding in findings] == [("S3", True), ("MLflow", True)]
+    assert [(finding.name, finding.ok) for finding in findings] == [("masks", True), ("S3", True), ("MLflow", True)]
 
 
 def test_check__both_servers_away_is_known_soon(

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +73,12 @@ class Shelf:
         self.folder = folder
         self.model = make_export(folder)
 
-    def register(self, run: str, result: Mapping[str, Any], **changes: Any) -> Registration:
+    def register(
+        self, run: str, result: Mapping[str, Any], client: mlflow.MlflowClient | None = None, **changes: Any
+    ) -> Registration:
         settings = {"export_dir": self.folder, "model": self.model, "margin": MARGIN, "primary_metric": METRIC}
         tracker = open_run(f"{self.name}-{run}")
+        tracker.client = client or tracker.client
         return register(tracker, name=self.name, evaluation=result, **(settings | changes))
 
     def champion(self) -> int:
@@ -112,6 +115,7 @@ def expected(folder: Path, pictures: np.ndarray, level: int | str) -> np.ndarray
         (Score(METRIC, 0.70, DIGEST, "9/9"), 0.80, "challenger", r"-0\.1000"),
         (Score(METRIC, 0.90, OTHER_DIGEST, "9/9"), 0.80, "challenger", "dataset b{12}; .* dataset a{12}"),
         (Score(METRIC, 0.90, DIGEST, "9/8"), 0.80, "challenger", r"9/8 train/test images; .* on 9/9"),
+        (Score(METRIC, 0.90, DIGEST, "9/9", "c" * 16), 0.80, "challenger", r"settings c{16}; .* with unknown ones"),
         (Score("eval/knn_top1", 0.90, DIGEST, "9/9"), 0.80, "challenger", "chosen by eval/linear_top1"),
         (Score(METRIC, math.nan, DIGEST, "9/9"), 0.80, "challenger", "not a number"),
         (Score(METRIC, 0.10, DIGEST, "9/9"), math.nan, "champion", "more than the margin"),
@@ -164,6 +168,81 @@ def test_register__killed_before_the_decision_decides_when_run_again(shelf: Shel
     client.delete_model_version_tag(shelf.name, "1", "hjepa.decision")
     assert shelf.register("1", evaluation(0.8)).alias == "champion"
     assert shelf.champion() == 1
+
+
+def test_register__other_evaluation_settings_are_not_comparable(shelf: Shelf) -> None:
+    usual, longer = {"knn_k": 20, "linear_iterations": 60}, {"knn_k": 20, "linear_iterations": 600}
+    assert shelf.register("1", evaluation(0.80) | {"settings": usual}).alias == "champion"
+    other = shelf.register("2", evaluation(0.90) | {"settings": longer})
+    assert (other.alias, other.champion_version) == ("challenger", 1)
+    assert re.search(r"evaluation settings [0-9a-f]{16}; .* not comparable", other.reason)
+    assert shelf.register("3", evaluation(0.81) | {"settings": usual}).alias == "champion"
+
+
+def test_register__evaluated_again_is_decided_by_the_new_score(shelf: Shelf) -> None:
+    shelf.register("1", evaluation(0.80))
+    assert shelf.register("2", evaluation(0.70)).alias == "challenger"
+    better = shelf.register("2", evaluation(0.85))
+    assert (better.version, better.alias, better.champion_version) == (2, "champion", 2)
+    version = mlflow.MlflowClient().get_model_version(shelf.name, "2")
+    assert float(version.tags["hjepa.primary_value"]) == 0.85
+    assert "0.8500" in version.description
+    assert shelf.register("2", evaluation(0.85)) == better
+
+    # A champion stays one, but the next is compared with what it is known to reach now.
+    worse = shelf.register("2", evaluation(0.75))
+    assert worse.alias == "champion"
+    assert "0.7500 in another evaluation" in worse.reason
+    assert shelf.register("3", evaluation(0.78)).alias == "champion"
+
+
+class Overtaken(mlflow.MlflowClient):
+    """A client that is slow to move the champion: another registration begins and ends before, or after, it does."""
+
+    def __init__(self, other: Callable[[], Registration], *, before: bool):
+        super().__init__()
+        self.other = other
+        self.before = before
+        self.others: list[Registration] = []
+
+    def set_registered_model_alias(self, name: str, alias: str, version: str) -> None:
+        if self.others or alias != "champion":
+            super().set_registered_model_alias(name, alias, version)
+        elif self.before:
+            self.others.append(self.other())
+            super().set_registered_model_alias(name, alias, version)
+        else:
+            super().set_registered_model_alias(name, alias, version)
+            self.others.append(self.other())
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize(("own", "others"), [(0.85, 0.90), (0.90, 0.85)])
+def test_register__of_two_at_the_same_time_the_better_is_champion(
+    shelf: Shelf, own: float, others: float, before: bool
+) -> None:
+    shelf.register("1", evaluation(0.80))
+    client = Overtaken(lambda: shelf.register("other", evaluation(others)), before=before)
+    mine = shelf.register("own", evaluation(own), client=client)
+    [other] = client.others
+    better, worse = (mine, other) if own > others else (other, mine)
+    assert shelf.champion() == better.version
+    assert better.alias == "champion"
+    assert worse.alias == "challenger"
+    assert f"{min(own, others):.4f}" in worse.reason
+    assert f"{max(own, others):.4f} " in worse.reason
+    assert f"version {better.version}" in worse.reason
+    assert mine.champion_version == better.version
+    tags = mlflow.MlflowClient().get_model_version(shelf.name, str(worse.version)).tags
+    assert (tags["hjepa.decision"], tags["hjepa.reason"]) == ("challenger", worse.reason)
+
+
+def test_register__champion_that_a_person_chose_is_the_one_to_beat(shelf: Shelf) -> None:
+    shelf.register("1", evaluation(0.80))
+    shelf.register("2", evaluation(0.90))
+    mlflow.MlflowClient().set_registered_model_alias(shelf.name, "champion", "1")
+    assert shelf.register("3", evaluation(0.85)).alias == "champion"
+    assert shelf.champion() == 3
 
 
 def test_register__data_without_labels_has_no_test_split(shelf: Shelf) -> None:

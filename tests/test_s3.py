@@ -364,7 +364,7 @@ def scripted_server(*answers: tuple[int, str, bytes]) -> Iterator[tuple[str, lis
             self.wfile.write(body)
             self.close_connection = True
 
-        do_GET = do_PUT = answer  # noqa: N815 - the names that http.server calls
+        do_GET = do_PUT = do_HEAD = answer  # noqa: N815 - the names that http.server calls
 
         def log_message(self, format: str, *args: object) -> None:
             pass
@@ -401,6 +401,19 @@ def test_get_bytes__body_that_always_breaks_off_is_an_error() -> None:
     ):
         S3Store("s3://b12", endpoint_url=url, attempts=2).get_bytes("k")
     assert requests == ["GET", "GET"]
+
+
+@pytest.mark.usefixtures("some_keys")
+def test_download__body_that_always_breaks_off_is_an_error(tmp_path: Path) -> None:
+    size = (200, "Content-Length: 8", b"")
+    broken = (200, "Content-Length: 8", b"half")
+    with (
+        scripted_server(size, size, *[broken] * 5) as (url, requests),
+        pytest.raises(HjepaError, match=r"cannot download s3://b12/k .* broke off each of several answers"),
+    ):
+        S3Store("s3://b12", endpoint_url=url).download("k", tmp_path / "k")
+    assert requests == ["HEAD", "HEAD", *["GET"] * 5]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("some_keys")

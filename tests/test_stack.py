@@ -135,6 +135,27 @@ def test_environment__outranks_what_the_shell_had(stack: Stack) -> None:
     assert done.stdout.strip() == "b'x'", done.stderr
 
 
+def test_environment__nothing_of_another_mlflow_server_is_left(stack: Stack) -> None:
+    shell = {
+        "MLFLOW_RUN_ID": "0" * 32,
+        "MLFLOW_EXPERIMENT_ID": "4711",
+        "MLFLOW_EXPERIMENT_NAME": "of another server",
+        "MLFLOW_TRACKING_TOKEN": "secret-token",
+        "MLFLOW_TRACKING_USERNAME": "somebody",
+        "MLFLOW_TRACKING_PASSWORD": "secret-password",
+        "HOME": str(stack.home),  # ~/.mlflow/credentials
+    }
+    code = (
+        "import logging, http.client, mlflow; http.client.HTTPConnection.debuglevel = 1\n"
+        "with mlflow.start_run() as run: pass\n"
+        "print('experiment', mlflow.get_experiment(run.info.experiment_id).name)"
+    )
+    done = run_with({**shell, **stack.environment(), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}, code)
+    assert "experiment Default" in done.stdout, done.stderr
+    assert "/runs/create" in done.stdout  # the requests are shown
+    assert "authorization:" not in done.stdout.lower()
+
+
 def test_two_homes__run_side_by_side(stack: Stack, own: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         first = store_of(stack, patch, "side")

@@ -207,6 +207,32 @@ def test_tracker__server_down_costs_one_short_try(
     assert "did not try to mark the run FINISHED" in caplog.text
 
 
+@pytest.mark.parametrize("location", ["s3://elsewhere/artifacts", "file:///proc/no-folder"])
+def test_tracker__file_store_out_of_reach_is_a_warning_and_the_rest_is_written(
+    server: Server, location: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "MLFLOW_S3_ENDPOINT_URL"):
+        monkeypatch.setenv(name, NOBODY)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "key")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    client = Tracker.attach(server.uri, "").client
+    experiment = f"direct {location.partition(':')[0]}"
+    client.create_experiment(experiment, artifact_location=location)
+    tracker = Tracker.create_or_resume(
+        TrackingConfig(uri=server.uri), experiment=experiment, run_name="direct", tags={}, params={}
+    )
+    (tmp_path / "note.txt").write_text("x")
+    assert not tracker.log_artifact(tmp_path / "note.txt")
+    assert not tracker.log_table("t", {"a": [1]})
+    assert "could not store note.txt" in caplog.text
+    assert "could not store the table t.json" in caplog.text
+    assert "files go there directly" in caplog.text
+    assert tracker.finish()
+    assert client.get_run(tracker.run_id).info.status == "FINISHED"
+
+
 def test_tracking_uri__configuration_before_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://environment:5000/")
     assert tracking_uri("https://configured") == "https://configured"
@@ -227,6 +253,19 @@ def test_flatten__nested_sections_become_dotted_names() -> None:
 def test_import__loads_neither_mlflow_nor_torch() -> None:
     code = "import sys, hjepa.adapters.tracking; print([m for m in ('mlflow', 'torch') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+@pytest.mark.parametrize(("given", "disabled"), [(None, "True"), ("false", "False")])
+def test_import__mlflow_sends_no_telemetry_unless_the_user_wants_it(given: str | None, disabled: str) -> None:
+    code = (
+        "from hjepa.adapters.tracking import Tracker; Tracker.attach('http://127.0.0.1:9', 'run')\n"
+        "from mlflow.environment_variables import MLFLOW_DISABLE_TELEMETRY; print(MLFLOW_DISABLE_TELEMETRY.get())"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_DISABLE_TELEMETRY"}
+    environment["DO_NOT_TRACK"] = "true"  # the test itself sends none either way
+    if given is not None:
+        environment["MLFLOW_DISABLE_TELEMETRY"] = given
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, env=environment).strip() == disabled
 
 
 # -- many metrics ------------------------------------------------------------------------------------------------------

@@ -15,10 +15,12 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import yaml
 
 from hjepa import __version__
 from hjepa.config import Config, load_config, packaged_configs, parse_yaml, read_source, sha256_json
@@ -34,9 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; an error the user can mend is a message, never a traceback."""
     options = build_parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a closed terminal; nohup ignores it
+        signal.signal(signal.SIGHUP, _terminate)
     try:
         return int(options.command(options) or 0)
-    except HjepaError as error:
+    except (HjepaError, OSError) as problem:
+        from hjepa.steps import as_hjepa_error
+
+        error = as_hjepa_error(problem)
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except _TerminatedError:
@@ -161,7 +168,10 @@ def _add_server(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from hjepa.adapters import local_pipeline
+    try:
+        from hjepa.adapters import local_pipeline
+    except ImportError as error:
+        raise UserError(f"hjepa run needs more packages ({error}): pip install 'hjepa[pipelines,stack]'") from None
     from hjepa.adapters.stack import Stack
     from hjepa.data.datasets import check_source
     from hjepa.summary import show
@@ -177,6 +187,8 @@ def run(options: argparse.Namespace) -> int:
         keep = home / "keep-stack"
         if options.keep_stack:
             keep.touch()
+        elif not stack.status().s3.running:
+            keep.unlink(missing_ok=True)  # what an earlier command kept up is gone, by a reboot for instance
         try:
             environment = _servers(stack, config)
             say(f"run {name}")
@@ -195,17 +207,20 @@ def run(options: argparse.Namespace) -> int:
 
 def _servers(stack: Any, config: Config) -> dict[str, str]:
     """Start the servers that the configuration does not name itself; the variables that lead to them."""
-    own_s3, own_mlflow = config.storage.endpoint_url is None, config.tracking.uri is None
-    if not own_s3 and not own_mlflow:
+    if config.storage.endpoint_url and config.tracking.uri:
         return {}
     stack.up(report=say)
+    return _variables(stack, config)
+
+
+def _variables(stack: Any, config: Config) -> dict[str, str]:
     variables: dict[str, str] = stack.environment()
-    if own_s3:
+    if config.storage.endpoint_url is None:
         # A profile of the user's shell would outrank the keys of this server, and may not even exist.
         os.environ.pop("AWS_PROFILE", None)
     else:
         variables = {key: value for key, value in variables.items() if not key.startswith("AWS_")}
-    if not own_mlflow:
+    if config.tracking.uri is not None:
         variables = {key: value for key, value in variables.items() if not key.startswith("MLFLOW_")}
     return variables
 
@@ -271,7 +286,7 @@ def _summary(finished: Any, options: argparse.Namespace, *, stack_stays: bool) -
         return json.loads(finished.artifact(step, output).read_text("utf-8"))
 
     registration = read("register-model", "registration")
-    model_uri = f"models:/{registration['name']}@{registration['alias']}"
+    model_uri = f"models:/{registration['name']}/{registration['version']}"
     program, python = (os.path.relpath(path) for path in (sys.argv[0], sys.executable))
     again = shlex.join([program, "run", "--config", options.config, "--set", "model.num_levels=1"])
     up = "" if stack_stays else f"{program} stack up && "
@@ -295,65 +310,61 @@ def _summary(finished: Any, options: argparse.Namespace, *, stack_stays: bool) -
 # -- one step by hand ------------------------------------------------------------------------------------------------
 
 
-def _by_hand(options: argparse.Namespace) -> Mapping[str, str]:
-    """Point S3 and MLflow clients at this home's servers if they run, and name the files between steps."""
+def _use_servers(options: argparse.Namespace, config: Config) -> None:
+    """Point clients at this home's servers if they run, except where the configuration names others."""
     from hjepa.adapters.stack import Stack
 
     stack = Stack(options.home)
     if stack.status().healthy and "AWS_ENDPOINT_URL" not in os.environ:
-        os.environ.pop("AWS_PROFILE", None)
-        os.environ.update(stack.environment())
+        os.environ.update(_variables(stack, config))
+
+
+def _files(options: argparse.Namespace) -> dict[str, str]:
+    """The manifests between the steps of this run, with the run itself resolved for this very configuration."""
+    from hjepa import steps
+
     config = load_config(options.config, options.set)
-    folder = options.home / "runs" / run_name(options, config)
+    _use_servers(options, config)
+    name = run_name(options, config)
+    folder = options.home / "runs" / name
     names = ("resolved", "dataset", "checkpoint", "model", "evaluation", "registration")
-    return {name: str(folder / f"{name}.json") for name in names}
+    files = {item: str(folder / f"{item}.json") for item in names}
+    path = Path(files["resolved"])
+    if not path.exists() or json.loads(path.read_text("utf-8"))["config_digest"] != config.digest:
+        steps.resolve_config(
+            config=_portable(options.config), overrides=options.set, settings={}, run=name, resolved_path=str(path)
+        )
+    return files
 
 
 def resolve_config(options: argparse.Namespace) -> None:
-    from hjepa import steps
-
-    files = _by_hand(options)
-    steps.resolve_config(
-        config=read_source(options.config)[1],
-        overrides=options.set,
-        settings={},
-        run=Path(files["resolved"]).parent.name,
-        resolved_path=files["resolved"],
-    )
-
-
-def _resolved(options: argparse.Namespace) -> Mapping[str, str]:
-    files = _by_hand(options)
-    if not Path(files["resolved"]).exists():
-        resolve_config(options)
-    return files
+    say(_files(options)["resolved"])
 
 
 def prepare_data(options: argparse.Namespace) -> None:
     from hjepa import steps
 
-    files = _resolved(options)
+    files = _files(options)
     steps.prepare_data(resolved_path=files["resolved"], dataset_path=files["dataset"])
 
 
 def train(options: argparse.Namespace) -> None:
     from hjepa import steps
 
-    if options.device:
-        options.set.append(f"training.device={options.device}")
-    files = _resolved(options)
+    files = _files(options)
     steps.train(
         resolved_path=files["resolved"],
         dataset_path=files["dataset"],
         checkpoint_path=files["checkpoint"],
         resume=options.resume,
+        device=options.device,
     )
 
 
 def export(options: argparse.Namespace) -> None:
     from hjepa import steps
 
-    files = _resolved(options)
+    files = _files(options)
     steps.export_checkpoint(
         resolved_path=files["resolved"],
         dataset_path=files["dataset"],
@@ -365,7 +376,7 @@ def export(options: argparse.Namespace) -> None:
 def evaluate(options: argparse.Namespace) -> None:
     from hjepa import steps
 
-    files = _resolved(options)
+    files = _files(options)
     metrics = steps.evaluate(
         resolved_path=files["resolved"],
         dataset_path=files["dataset"],
@@ -379,7 +390,7 @@ def evaluate(options: argparse.Namespace) -> None:
 def register(options: argparse.Namespace) -> None:
     from hjepa import steps
 
-    files = _resolved(options)
+    files = _files(options)
     steps.register_model(
         resolved_path=files["resolved"],
         model_path=files["model"],
@@ -394,8 +405,12 @@ def register(options: argparse.Namespace) -> None:
 def doctor(options: argparse.Namespace) -> int:
     from hjepa.adapters import preflight
 
-    _by_hand(options)
-    findings = preflight.check(load_config(options.config, options.set))
+    config = load_config(options.config, options.set)
+    _use_servers(options, config)
+    embedded = config.storage.endpoint_url is None and "AWS_ENDPOINT_URL" not in os.environ
+    if embedded:
+        say("note: S3 and MLflow of this machine are not running; `hjepa run` starts them, `hjepa stack up` too")
+    findings = preflight.check(config, servers=not embedded)
     for finding in findings:
         say(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.name}: {finding.detail}")
         if not finding.ok:
@@ -472,13 +487,18 @@ def pipeline_upload(options: argparse.Namespace) -> None:
 def pipeline_run(options: argparse.Namespace) -> None:
     from hjepa.adapters import kfp_server, pipeline_spec
 
-    types = {name: item["parameterType"] for name, item in pipeline_spec.load(compiled_pipeline()).parameters.items()}
+    compiled = pipeline_spec.load(compiled_pipeline())
+    types = {name: item["parameterType"] for name, item in compiled.parameters.items()}
     arguments: dict[str, Any] = {}
     for text in options.parameters:
         name, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"{text!r}: expected NAME=VALUE; the pipeline takes {', '.join(types)}")
-        arguments[name] = value if types.get(name) == "STRING" else parse_yaml(value)
+        try:
+            arguments[name] = value if types.get(name) == "STRING" else parse_yaml(value)
+        except (yaml.YAMLError, ValueError):
+            raise UserError(f"{text!r}: {value!r} is not a YAML value") from None
+    compiled.check_arguments(arguments)
     if "config" in arguments:
         # A mistake in it is found here, not in a pod.
         load_config(arguments["config"], arguments.get("overrides", []))

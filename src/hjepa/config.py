@@ -25,6 +25,9 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+# What evaluation measures of a readout, and what the probe measures during training.
+COLLAPSE_MEASURES = ("std", "rankme", "cosine")
+MEASURES = ("knn_top1", "linear_top1", *COLLAPSE_MEASURES)
 Range = tuple[Positive, Positive]
 
 
@@ -267,7 +270,7 @@ def load_config(source: str = "default", overrides: Iterable[str] = ()) -> Confi
     name, text = read_source(source)
     try:
         raw = parse_yaml(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{name} is not valid YAML: {error}") from None
     if raw is None:
         raw = {}
@@ -289,7 +292,7 @@ def _apply(raw: dict[str, Any], override: str) -> str | None:
         return f"override {override!r}: expected section.key=value, such as training.lr=3e-4"
     try:
         value = parse_yaml(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # such as a date that is none
         return f"override {override!r}: {text!r} is not a YAML value; quote it"
     node = raw
     for key in keys[:-1]:
@@ -333,6 +336,10 @@ def contradictions(config: Config) -> list[tuple[tuple[str, ...], str]]:
     """Pairs (keys involved, message) for values that are each allowed but cannot stand together."""
     data, model, training, masking = config.data, config.model, config.training, config.masking
     found: list[tuple[tuple[str, ...], str]] = []
+    readouts = ["", "mean/", *(f"level_{level}/" for level in range(model.num_levels))]
+    measures = [f"eval/{readout}{name}" for readout in readouts for name in MEASURES]
+    primary = config.evaluation.primary_metric
+    probes = ["auto", "probe/knn_top1", *(f"collapse/{name}" for name in COLLAPSE_MEASURES)]
 
     def check(wrong: bool, keys: tuple[str, ...], message: str) -> None:
         if wrong:
@@ -416,6 +423,40 @@ def contradictions(config: Config) -> list[tuple[tuple[str, ...], str]]:
         ("masking.min_context", "data.image_size", "model.patch_size"),
         f"{masking.min_context} visible patches leave nothing to predict in a grid of {(size // patch) ** 2}",
     )
+    check(
+        primary not in measures,
+        ("evaluation.primary_metric",),
+        f"{primary!r} is never measured.{_suggest(primary, measures)} Expected one of {', '.join(measures)}",
+    )
+    check(
+        config.checkpoint.metric not in probes,
+        ("checkpoint.metric",),
+        f"{config.checkpoint.metric!r} is never measured.{_suggest(config.checkpoint.metric, probes)} "
+        f"Expected one of {', '.join(probes)}",
+    )
+    check(
+        config.checkpoint.metric == "auto" and config.checkpoint.mode == "min",
+        ("checkpoint.metric", "checkpoint.mode"),
+        "the metric that auto picks is better when larger; use checkpoint.mode=max",
+    )
+    name = config.tracking.registered_model
+    check(
+        re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) is None,
+        ("tracking.registered_model",),
+        f"expected letters, digits, '_' and '-', got {name!r}",
+    )
+    check(
+        config.collapse.probe_samples <= config.collapse.min_rank + 1,
+        ("collapse.probe_samples", "collapse.min_rank"),
+        f"{config.collapse.probe_samples} images cannot have an effective rank of {config.collapse.min_rank:g}",
+    )
+    for key, url in (("storage.endpoint_url", config.storage.endpoint_url), ("tracking.uri", config.tracking.uri)):
+        check(
+            url is not None and re.match(r"\w+://[^/]*@", url) is not None,
+            (key,),
+            "a password does not belong in a configuration, which is logged and stored; "
+            "give it in the environment (AWS_..., MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)",
+        )
     check(
         not config.storage.uri.startswith("s3://") or config.storage.uri == "s3://",
         ("storage.uri",),

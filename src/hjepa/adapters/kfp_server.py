@@ -18,6 +18,8 @@ from typing import Any
 import kfp
 import kfp_server_api
 import urllib3
+from google.protobuf import json_format
+from kfp.pipeline_spec import pipeline_spec_pb2
 
 from hjepa.adapters import pipeline_spec
 from hjepa.adapters.pipeline_view import format_seconds
@@ -86,11 +88,13 @@ def upload(
 
     Args:
         pipeline: Its name on the server; the compiled one by default.
-        version: Name of the version; by default the digest of the YAML, so that nothing is uploaded twice.
+        version: Name of the version; by default it contains the digest of the YAML. A version that is there already
+            is used if it is the same pipeline.
         registry: ``HOST/NAMESPACE`` of the images.
 
     Raises:
-        UserError: no valid pipeline, server out of reach, access denied, or the version's name is taken.
+        UserError: no valid pipeline, server out of reach, access denied, or the version's name is taken by
+            another pipeline.
     """
     compiled = pipeline_spec.load(compiled_yaml)
     if registry:
@@ -124,11 +128,14 @@ def upload(
                 )
             report(f"version {version_name}: uploaded")
             is_new = True
-        elif version is None:
+        elif version is None or _is_same(compiled, client.get_pipeline_version(pipeline_id, version_id).pipeline_spec):
             report(f"version {version_name}: already there, nothing uploaded")
             is_new = False
         else:
-            raise UserError(f"pipeline {name} has a version {version!r} already; choose another --version")
+            raise UserError(
+                f"pipeline {name} has a version {version!r} already, and it is another pipeline than {compiled_yaml} "
+                f"{f'with images of {registry} ' if registry else ''}makes; choose another --pipeline-version"
+            )
     url = f"{server.url}/#/pipelines/details/{pipeline_id}/version/{version_id}"
     report(url)
     return Uploaded(pipeline_id, version_id, version_name, created=is_new, url=url)
@@ -296,7 +303,10 @@ def _find_pipeline(client: Any, server: Server, name: str) -> str | None:
     wanted = {"predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": name}]}
     found = client.list_pipelines(filter=json.dumps(wanted), namespace=server.namespace).pipelines or []
     if len(found) > 1:
-        raise UserError(f"{len(found)} pipelines on {server.url} are called {name!r}; choose another --pipeline")
+        raise UserError(
+            f"{len(found)} pipelines on {server.url} are called {name!r}, so it is not clear which one is meant; "
+            "delete all but one of them there"
+        )
     return str(found[0].pipeline_id) if found else None
 
 
@@ -310,6 +320,23 @@ def _find_version(client: Any, pipeline_id: str, name: str) -> str | None:
         token = page.next_page_token
         if not token:
             return None
+
+
+def _is_same(compiled: pipeline_spec.CompiledPipeline, stored: Any) -> bool:
+    """Compared as KFP's own messages: a server leaves defaults out and gives whole numbers back as floats."""
+    stored = stored or {}
+    spec, platforms = stored.get("pipeline_spec", stored), stored.get("platform_spec", {})
+    pairs = (
+        (compiled.spec, spec, pipeline_spec_pb2.PipelineSpec),
+        (compiled.platforms, platforms, pipeline_spec_pb2.PlatformSpec),
+    )
+    try:
+        return all(
+            json_format.ParseDict(ours, message()) == json_format.ParseDict(theirs, message())
+            for ours, theirs, message in pairs
+        )
+    except json_format.ParseError:  # the server holds something that this version of KFP does not know
+        return False
 
 
 def _step_names(client: Any, run: Any) -> set[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -413,6 +414,8 @@ def _execute(request: Mapping[str, Any]) -> None:
     warnings.filterwarnings("ignore", message="Task '.*': settings .* have no effect")
     from kfp import components, local
 
+    # KFP puts it unquoted into the shell command of each step, where a blank in its path would end a word.
+    sys.executable = shlex.quote(sys.executable)
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=request["root"], raise_on_error=True)
     components.load_component_from_text(request["yaml"])(**request["arguments"])
 

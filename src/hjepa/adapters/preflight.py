@@ -15,6 +15,7 @@ from hjepa.adapters.s3 import S3Store
 from hjepa.adapters.tracking import http_patience, server_errors, tracking_uri
 from hjepa.config import Config
 from hjepa.errors import HjepaError, UserError
+from hjepa.masks import MultiBlockMasking
 
 _SHARED_MEMORY = Path("/dev/shm")
 _SPARE_BYTES = 2**30  # free space wanted on top of what can be foreseen
@@ -29,17 +30,20 @@ class Finding:
     remedy: str = ""  # empty where nothing has to be done, or the detail says it
 
 
-def check(config: Config, *, source: bool = True, trains_here: bool = True) -> list[Finding]:
+def check(config: Config, *, source: bool = True, trains_here: bool = True, servers: bool = True) -> list[Finding]:
     """Every check, whatever the others say.
 
     Args:
         source: Look at the images too.
         trains_here: False leaves out what only the machine that trains needs: device, shared memory, local disks.
+        servers: Ask S3 and MLflow.
     """
-    checks: list[tuple[str, Callable[[Config], Finding]]] = [("S3", _storage), ("MLflow", _tracking)]
+    checks: list[tuple[str, Callable[[Config], Finding]]] = [("masks", _masks)]
+    if servers:
+        checks += [("S3", _storage), ("MLflow", _tracking)]
     if trains_here:
         checks += [("device", _device), ("shared memory", _shared_memory)]
-        checks += [("checkpoint disk", _checkpoint_disk), ("cache disk", _cache_disk)]
+        checks += [("checkpoint disk", _checkpoint_disk), ("cache disk", _cache_disk), ("logs", _logs)]
     if source:
         checks.append(("images", _source))
     findings = []
@@ -157,6 +161,10 @@ def _cache_disk(config: Config) -> Finding:
     return _disk("cache disk", "data.cache_dir", config.data.cache_dir, 2 * _SPARE_BYTES)
 
 
+def _logs(config: Config) -> Finding:
+    return _disk("logs", "logging.log_dir", config.logging.log_dir, 0)
+
+
 def _checkpoint_bytes(config: Config) -> int:
     """Roughly: the weights of the blocks, in float32, with two moments for what is trained."""
     model = config.model
@@ -181,6 +189,11 @@ def _disk(name: str, key: str, folder: str, wanted: int) -> Finding:
             f"Free some space, or point {key} at a larger disk.",
         )
     return Finding(name, True, f"{key}={folder}: {_gib(free)} free")
+
+
+def _masks(config: Config) -> Finding:
+    MultiBlockMasking(config)  # refuses blocks that leave no context
+    return Finding("masks", True, f"{config.masking.num_targets} target blocks on {config.model.num_levels} levels")
 
 
 def _source(config: Config) -> Finding:

@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,10 +46,12 @@ _EXAMPLE_PIXELS = 32
 _EXPORT_TAG = "hjepa.export_digest"
 _DATASET_TAG = "hjepa.dataset_digest"
 _SPLIT_TAG = "hjepa.split"
+_SETTINGS_TAG = "hjepa.evaluation_settings"
 _METRIC_TAG = "hjepa.primary_metric"
 _VALUE_TAG = "hjepa.primary_value"
 _DECISION_TAG = "hjepa.decision"
 _REASON_TAG = "hjepa.reason"
+_CLAIM_TAG = "hjepa.claim"  # set before the alias is moved: registrations at the same time see each other by it
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Score:
     value: float
     dataset_digest: str
     split: str  # "train/test" sample counts of the evaluation
+    settings: str = ""  # digest of the evaluation's settings; empty where none were recorded
 
     @classmethod
     def of_evaluation(cls, evaluation: Mapping[str, Any], primary_metric: str) -> Score:
@@ -85,6 +88,7 @@ class Score:
             value=float(metrics[primary_metric]),
             dataset_digest=str(split["dataset_digest"]),
             split=f"{split['train']}/{split.get('test', 0)}",
+            settings=sha256_json(evaluation["settings"])[:16] if "settings" in evaluation else "",
         )
 
     @classmethod
@@ -92,7 +96,13 @@ class Score:
         """None for a version that something else registered."""
         tags = version.tags
         try:
-            return cls(tags[_METRIC_TAG], float(tags[_VALUE_TAG]), tags[_DATASET_TAG], tags[_SPLIT_TAG])
+            return cls(
+                metric=tags[_METRIC_TAG],
+                value=float(tags[_VALUE_TAG]),
+                dataset_digest=tags[_DATASET_TAG],
+                split=tags[_SPLIT_TAG],
+                settings=tags.get(_SETTINGS_TAG, ""),
+            )
         except (KeyError, ValueError):
             return None
 
@@ -103,7 +113,11 @@ class Score:
             _VALUE_TAG: repr(self.value),
             _DATASET_TAG: self.dataset_digest,
             _SPLIT_TAG: self.split,
+            _SETTINGS_TAG: self.settings,
         }
+
+    def comparable(self, other: Score) -> bool:
+        return replace(self, value=0.0) == replace(other, value=0.0)
 
 
 def decide(new: Score, champion: Score | None, *, champion_version: int | None, margin: float) -> tuple[str, str]:
@@ -131,6 +145,11 @@ def decide(new: Score, champion: Score | None, *, champion_version: int | None, 
             f"{measured} on {new.split} train/test images; the champion ({rival}) was measured on {champion.split}, "
             "so the two are not comparable"
         )
+    if champion.settings != new.settings:
+        return CHALLENGER, (
+            f"{measured} with evaluation settings {new.settings or 'unknown'}; the champion ({rival}) was measured "
+            f"with {champion.settings or 'unknown'} ones, so the two are not comparable"
+        )
     change = f"{new.value - champion.value:+.4f} against {champion.value:.4f} of {rival}"
     if math.isnan(champion.value) or new.value > champion.value + margin:
         return CHAMPION, f"{measured}: {change}, more than the margin of {margin:g}"
@@ -152,7 +171,8 @@ def register(
 ) -> Registration:
     """Makes the export a version of the registered model ``name``, and the champion if it deserves it.
 
-    Doing it again for the same run and export returns the version that is there, with what was decided about it.
+    Doing it again for the same run and export returns the version that is there, with what was decided about it;
+    after an evaluation with another result it is decided anew.
 
     Args:
         export_dir: Holds every file that ``model["files"]`` lists.
@@ -188,6 +208,8 @@ def register(
                 tags={RUN_TAG: run_name, _EXPORT_TAG: str(model["digest"]), **score.tags},
                 await_creation_for=0,
             )
+        elif any(version.tags.get(tag, "") != value for tag, value in score.tags.items()):
+            version = _rescored(client, tracker, version, score, model=model, evaluation=evaluation)
         number = int(version.version)
         if _DECISION_TAG not in version.tags:
             alias, reason = _decided(client, name, version, score, margin)
@@ -208,21 +230,87 @@ def register(
     )
 
 
+def _rescored(
+    client: MlflowClient,
+    tracker: Tracker,
+    version: ModelVersion,
+    score: Score,
+    *,
+    model: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+) -> ModelVersion:
+    """The version with the scores of another evaluation, and no longer with a decision."""
+    step = int(model["checkpoint"]["images_seen"])
+    log_metrics(client, tracker.run_id, evaluation["metrics"], step, model_id=version.model_id)
+    # The decision goes first: a kill must not leave the old one beside the new scores.
+    for tag in (_DECISION_TAG, _REASON_TAG, _CLAIM_TAG):
+        if tag in version.tags:
+            client.delete_model_version_tag(version.name, version.version, tag)
+    for tag, value in score.tags.items():
+        client.set_model_version_tag(version.name, version.version, tag, value)
+    return client.get_model_version(version.name, version.version)
+
+
 def _decided(client: MlflowClient, name: str, version: ModelVersion, score: Score, margin: float) -> tuple[str, str]:
     """Alias and reason of a version, both written to the server."""
     number = str(version.version)
+    # Before the champion is read: what is decided by now has moved the alias, and is done.
+    done = {str(other.version) for other in _versions(client, name) if _DECISION_TAG in other.tags}
     present = _champion(client, name)
-    if present is not None and str(present.version) == number:  # a kill came after the alias was moved
-        return CHAMPION, version.tags[_REASON_TAG]
-    alias, reason = decide(
-        score,
-        Score.of_version(present) if present else None,
-        champion_version=int(present.version) if present else None,
-        margin=margin,
-    )
+    if present is not None and str(present.version) == number:
+        # A kill came after the alias was moved, or the champion was evaluated again.
+        alias = CHAMPION
+        reason = version.tags.get(_REASON_TAG) or (
+            f"{score.metric} {score.value:.4f} in another evaluation; it was the champion already and stays it"
+        )
+    else:
+        alias, reason = decide(
+            score,
+            Score.of_version(present) if present else None,
+            champion_version=int(present.version) if present else None,
+            margin=margin,
+        )
     client.set_model_version_tag(name, number, _REASON_TAG, reason)
+    if alias == CHAMPION:
+        client.set_model_version_tag(name, number, _CLAIM_TAG, CHAMPION)
+        client.set_registered_model_alias(name, CHAMPION, number)
+        lost = _settle(client, name, version, score, done=done)
+        if lost is None:
+            return alias, reason
+        alias, reason = CHALLENGER, lost
+        client.set_model_version_tag(name, number, _REASON_TAG, reason)
     client.set_registered_model_alias(name, alias, number)
     return alias, reason
+
+
+def _settle(client: MlflowClient, name: str, version: ModelVersion, score: Score, *, done: set[str]) -> str | None:
+    """Makes the best of those the champion that claimed it at the same time; the reason if that is not ``version``.
+
+    MLflow cannot move an alias on a condition, so the last of two writers wins, whatever its score. But each claims
+    before it moves the alias and looks for other claims afterwards, so the later of the two sees both.
+    """
+    number = str(version.version)
+    best, best_score = number, score
+    for rival in _versions(client, name):
+        rival_score = Score.of_version(rival)
+        if _CLAIM_TAG not in rival.tags or str(rival.version) in done or rival_score is None:
+            continue
+        if rival_score.comparable(score):
+            first = (rival_score.value, -int(rival.version)) > (best_score.value, -int(best))
+            best, best_score = (str(rival.version), rival_score) if first else (best, best_score)
+    present = _champion(client, name)
+    if present is None or str(present.version) != best:
+        client.set_registered_model_alias(name, CHAMPION, best)
+    if best == number:
+        return None
+    return (
+        f"{score.metric} {score.value:.4f}; version {best}, registered at the same time, has {best_score.value:.4f} "
+        "and is the champion"
+    )
+
+
+def _versions(client: MlflowClient, name: str) -> list[ModelVersion]:
+    return list(client.search_model_versions(f"name = '{name}'"))
 
 
 def _champion(client: MlflowClient, name: str) -> ModelVersion | None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import boto3
-from boto3.exceptions import S3UploadFailedError
+from boto3.exceptions import RetriesExceededError, S3UploadFailedError
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config as ClientConfig
 from botocore.exceptions import (
@@ -384,6 +384,12 @@ class S3Store:
             if not isinstance(cause, ClientError):
                 raise
             raise self._explain(doing, key, cause) from error
+        except RetriesExceededError as error:
+            last = error.last_exception  # type: ignore[attr-defined]  # missing in the stubs
+            raise HjepaError(
+                f"{doing}: the S3 server at {self.endpoint} broke off each of several answers ({last}). "
+                "Check the server and the network, and run again."
+            ) from error
         except ClientError as error:
             raise self._explain(doing, key, error) from error
         except (NoCredentialsError, PartialCredentialsError) as error:

@@ -43,6 +43,16 @@ REGION = "us-east-1"
 MIN_FREE_BYTES = 2 * 2**30
 
 _HOST = "127.0.0.1"
+# Over what a shell or a notebook has set for another MLflow server. MLflow takes an empty text for none, but not as
+# the name of an experiment.
+_NO_OTHER_SERVER = {
+    "MLFLOW_RUN_ID": "",
+    "MLFLOW_EXPERIMENT_ID": "",
+    "MLFLOW_EXPERIMENT_NAME": "Default",  # where runs go if nothing is set
+    "MLFLOW_TRACKING_TOKEN": "",
+    "MLFLOW_TRACKING_USERNAME": "",
+    "MLFLOW_TRACKING_PASSWORD": "",
+}
 _MARK = "HJEPA_STACK_SERVER"  # its value, in a server's environment, is that server's data folder
 _S3_LISTENERS = ("s3", "master", "volume", "filer", "admin")  # of one `weed mini`; consecutive ports
 _GRPC_OFFSET = 10_000  # each of them has a gRPC twin there
@@ -208,6 +218,7 @@ class Stack:
             "MLFLOW_TRACKING_URI": settings.mlflow_uri,
             "MLFLOW_REGISTRY_URI": settings.mlflow_uri,
             "MLFLOW_S3_ENDPOINT_URL": settings.s3_endpoint,
+            **_NO_OTHER_SERVER,
             "NO_PROXY": no_proxy,
             "no_proxy": no_proxy,
         }

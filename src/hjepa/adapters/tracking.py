@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 
 RUN_TAG = "hjepa.run"
 
+# MLflow reads it when it is imported, which every function here leaves to its first call. What the user has set wins.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
 _METRICS_PER_REQUEST = 1000  # the server's limits
 _PARAMS_PER_REQUEST = 100
 _PARAM_CHARACTERS = 6000
@@ -47,6 +50,10 @@ RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 class TrackingError(HjepaError):
     """The MLflow server could not be reached, or refused what it was asked."""
+
+
+class ArtifactStoreError(TrackingError):
+    """The server answers, but the place where it keeps files cannot be used from here."""
 
 
 # -- talking to the server ---------------------------------------------------------------------------------------------
@@ -77,6 +84,8 @@ def http_patience(*, timeout_seconds: int, retries: int) -> Iterator[None]:
 @contextlib.contextmanager
 def server_errors(uri: str, action: str) -> Iterator[None]:
     """Turns what MLflow's client raises into one TrackingError that says what could not be done, and why."""
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
     from mlflow.exceptions import MlflowException
     from requests import RequestException
 
@@ -86,6 +95,12 @@ def server_errors(uri: str, action: str) -> Iterator[None]:
         raise TrackingError(
             f"MLflow at {uri} could not {action}: {_first_line(error)}. "
             "Check that the server runs and that MLFLOW_TRACKING_URI (or tracking.uri) names it; `hjepa doctor` tells."
+        ) from error
+    except (Boto3Error, BotoCoreError, ClientError, OSError) as error:
+        # A server that does not pass files on sends its clients to the store itself: S3, or a folder.
+        raise ArtifactStoreError(
+            f"MLflow at {uri} could not {action}: {_first_line(error)}. If it was started with --no-serve-artifacts or "
+            "the experiment has a location of its own, files go there directly, and this machine needs access to it."
         ) from error
 
 
@@ -257,6 +272,9 @@ class Tracker:
         try:
             with http_patience(timeout_seconds=timeout_seconds, retries=1), server_errors(self.uri, action):
                 write()
+        except ArtifactStoreError as error:  # the server itself can still be told the rest
+            log.warning("%s", error)
+            return False
         except TrackingError as error:
             log.warning("%s", error)
             self._silent_until = time.monotonic() + _RETRY_AFTER_SECONDS

@@ -5,14 +5,21 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import stat as stat_modes
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from hjepa.config import DataConfig
 from hjepa.data.images import RejectedError, decode
-from hjepa.data.sources import Payload, Source, hold_out, scattered
+from hjepa.data.sources import (
+    Payload,
+    Source,
+    Split,
+    file_state,
+    files_below,
+    hold_out,
+    require_train_images,
+    scattered,
+)
 from hjepa.errors import UserError
 
 SUFFIXES = (
@@ -43,13 +50,8 @@ class FileSplit:
     def fingerprint(self) -> str:
         hasher = hashlib.sha256()
         for i, name in enumerate(self.names):
-            try:
-                stat = (self.root / name).stat()
-                state = (stat.st_size, stat.st_mtime_ns)
-            except OSError:
-                state = (-1, -1)  # prepare puts it in quarantine
             label = None if self.labels is None else self.labels[i]
-            hasher.update(ascii((name, state, label)).encode())
+            hasher.update(ascii((name, file_state(self.root / name), label)).encode())
         return hasher.hexdigest()
 
 
@@ -116,6 +118,7 @@ def check_image_folder(data: DataConfig) -> list[str]:
             f"(data.quarantine_limit allows a share of {data.quarantine_limit:g}): {'; '.join(bad[:3])}"
             f"{'; ...' if len(bad) > 3 else ''}. Remove or replace them, or raise data.quarantine_limit."
         )
+    require_train_images(len(split) - len(bad), f"data.root={data.root}")
     counts = ", ".join(f"{len(part)} {name}" for name, part in source.splits.items())
     return [f"{source.detail}: {counts}, {len(source.classes) or 'no'} classes", *source.notes]
 
@@ -137,41 +140,13 @@ def _list(root: Path) -> _Listing:
     groups: dict[str, list[str]] = {}
     unreadable: list[str] = []
     others = 0
-    for name in _walk(root, "", unreadable, seen=set()):
+    for name in files_below(root, unreadable):
         if os.path.splitext(name)[1].lower() in SUFFIXES:
             first, slash, _ = name.partition("/")
             groups.setdefault(first if slash else "", []).append(name)
         else:
             others += 1
     return _Listing(groups, others, unreadable)
-
-
-def _walk(root: Path, below: str, unreadable: list[str], seen: set[tuple[int, int]]) -> Iterator[str]:
-    """Relative names of the files below a folder, hidden ones left out; each folder once, however it is linked."""
-    folder = root / below
-    try:
-        stat = folder.stat()
-        if (stat.st_dev, stat.st_ino) in seen:
-            return
-        seen.add((stat.st_dev, stat.st_ino))
-        with os.scandir(folder) as scan:
-            entries = sorted(scan, key=lambda entry: entry.name)
-    except OSError:
-        unreadable.append(str(folder))
-        return
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        name = f"{below}/{entry.name}" if below else entry.name
-        try:
-            mode = entry.stat().st_mode
-        except OSError:
-            yield name  # a dangling or looping link: reading it will say so
-            continue
-        if stat_modes.S_ISDIR(mode):
-            yield from _walk(root, name, unreadable, seen)
-        elif stat_modes.S_ISREG(mode):  # opening a pipe would wait for ever
-            yield name
 
 
 def _labels(listing: _Listing, notes: list[str]) -> dict[str, int] | None:
@@ -239,14 +214,19 @@ def _held_out(
     named: Path | None = None,
 ) -> Source:
     train, test = hold_out(names, labels, data.test_fraction)
-    notes.append(f"no test split: {len(test)} of {len(names)} images are held out (data.test_fraction)")
+    splits: dict[str, Split] = {"train": _scattered_split(root, names, labels, train)}
+    if test:
+        splits["test"] = _scattered_split(root, names, labels, test)
+        notes.append(f"no test split: {len(test)} of {len(names)} images are held out (data.test_fraction)")
+    else:
+        notes.append(
+            "no test split, and no class has two images of which one could be held out: "
+            "k-NN and linear probes are skipped"
+        )
     return Source(
         name=_slug((named or root).name),
         detail=f"image folder {root}",
-        splits={
-            "train": _scattered_split(root, names, labels, train),
-            "test": _scattered_split(root, names, labels, test),
-        },
+        splits=splits,
         classes=classes,
         notes=tuple(notes),
     )

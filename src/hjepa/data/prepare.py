@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import hashlib
 import json
 import multiprocessing
 import os
+import platform
+import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import warnings
 import zlib
@@ -23,18 +27,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 from PIL import Image
 
 from hjepa.config import DataConfig, sha256_json
 from hjepa.data.images import DECODE_ERRORS, RejectedError, decode
 from hjepa.data.shards import ShardWriter, StoredFile
-from hjepa.data.sources import Source, Split
+from hjepa.data.sources import MIN_TRAIN_IMAGES, Source, Split, require_train_images
 from hjepa.errors import HjepaError, UserError
 
 FORMAT = 1  # raised when the same images would give other shards
 REPORT = "quarantine.jsonl"
 REPORT_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1
+SCRATCH_NAME = re.compile(r"prepare-(?P<pid>\d+)-(?P<started>\d+)-(?P<host>.+)-[^-]+")
+CLOCK_TOLERANCE_SECONDS = 5.0  # start times are read off a clock that may have been set in between
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,32 @@ def prepared_key(source: Source, data: DataConfig) -> str:
     return sha256_json({"source": source.fingerprint(), "prepare": recipe(data)})
 
 
+@contextlib.contextmanager
+def scratch(cache: Path) -> Iterator[Path]:
+    """A work folder in ``cache``, removed at the end; what killed processes left behind there is removed first.
+
+    A folder's name says whose it is. Those of other hosts stay: from here nobody can tell whether they are in use.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    for folder in cache.glob("prepare-*"):
+        owner = SCRATCH_NAME.fullmatch(folder.name)
+        if owner and owner["host"] == platform.node() and not _runs(int(owner["pid"]), int(owner["started"])):
+            shutil.rmtree(folder, ignore_errors=True)  # another process may be removing it as well
+    owner_name = f"{os.getpid()}-{psutil.Process().create_time():.0f}-{platform.node()}"
+    with tempfile.TemporaryDirectory(dir=cache, prefix=f"prepare-{owner_name}-") as folder_name:
+        yield Path(folder_name)
+
+
+def _runs(pid: int, started: int) -> bool:
+    """Whether that very process still runs: its number alone may by now belong to another one."""
+    try:
+        process = psutil.Process(pid)
+        same = abs(process.create_time() - started) < CLOCK_TOLERANCE_SECONDS
+        return bool(same and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def prepare(
     source: Source,
     data: DataConfig,
@@ -93,15 +126,18 @@ def prepare(
     """Write the shards of every split into ``workdir``.
 
     The same images, labels and settings give the same bytes and the same digest on any number of workers.
+    The manifest leaves out a split of which no image can be used.
 
     Args:
         workers: Processes that decode; None takes every core that this process may use.
         progress: Called about once a second.
 
     Raises:
-        QuarantineError: if more than ``data.quarantine_limit`` of the files cannot be used; the report is written.
-        UserError: if no image is left to train on, or the disk is full.
+        QuarantineError: if more than ``data.quarantine_limit`` of the files cannot be used, or too few are left to
+            train on; the report is written.
+        UserError: if the source has too few images to train on, or the disk is full.
     """
+    require_train_images(len(source.splits["train"]), source.detail)
     workdir.mkdir(parents=True, exist_ok=True)
     workers = workers or len(os.sched_getaffinity(0))
     pool = ProcessPoolExecutor(
@@ -314,8 +350,19 @@ def _conclude(source: Source, data: DataConfig, workdir: Path, splits: Mapping[s
             "the report lists, or raise data.quarantine_limit.",
             report,
         )
-    if splits["train"].samples == 0:
-        raise QuarantineError(f"{source.detail}: no usable image is left to train on; the report says why.", report)
+    train = splits["train"]
+    if train.samples < MIN_TRAIN_IMAGES:
+        raise QuarantineError(
+            f"{source.detail}: {train.samples} of {train.samples + train.reasons.total()} training images can be used, "
+            f"expected at least {MIN_TRAIN_IMAGES}; unusable is for example {', '.join(train.examples)}. "
+            "Replace the files that the report lists, or add images.",
+            report,
+        )
+    notes = list(source.notes)
+    for name, result in splits.items():
+        if result.samples == 0:
+            notes.append(f"the {name} split is left out: none of its {result.reasons.total()} images can be used")
+    splits = {name: result for name, result in splits.items() if result.samples > 0}
     labels = {label for result in splits.values() for label in result.labels if label is not None}
     classes = list(source.classes)
     if labels and max(labels) >= len(classes):
@@ -330,11 +377,11 @@ def _conclude(source: Source, data: DataConfig, workdir: Path, splits: Mapping[s
         "schema": 1,
         "name": source.name,
         "digest": sha256_json({"prepare": prepare_section, "classes": classes, "content": content}),
-        "source": {"kind": data.name, "detail": source.detail, "notes": list(source.notes)},
+        "source": {"kind": data.name, "detail": source.detail, "notes": notes},
         "channels": data.channels,
         "classes": classes,
         "splits": {name: _split_section(result, len(classes)) for name, result in splits.items()},
-        "statistics": _statistics(splits["train"]),
+        "statistics": _statistics(train),
         "quarantine": {
             "total": quarantined,
             "share": quarantined / total,

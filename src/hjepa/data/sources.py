@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import stat as stat_modes
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from hjepa.errors import UserError
+
+MIN_TRAIN_IMAGES = 8  # fewer are a mistake in the configuration, and there is nothing to learn from them
 
 Payload = bytes | NDArray[np.uint8] | Image.Image
 """An encoded file, an array (H, W) or (H, W, 3), or an opened picture."""
@@ -76,6 +83,64 @@ class ArraySplit:
         if self.labels is not None:
             hasher.update(np.ascontiguousarray(self.labels, dtype=np.int64).data)
         return hasher.hexdigest()
+
+
+def require_train_images(usable: int, detail: str) -> None:
+    """
+    Raises:
+        UserError: if a source has too few images to train on.
+    """
+    if usable < MIN_TRAIN_IMAGES:
+        raise UserError(
+            f"{detail}: {usable} usable images to train on, expected at least {MIN_TRAIN_IMAGES}. "
+            "Add images, lower data.test_fraction if images are held out, or choose another data.name or data.root."
+        )
+
+
+def files_below(root: Path, unreadable: list[str]) -> Iterator[str]:
+    """Relative names of the files below a folder, hidden ones left out, in a fixed order.
+
+    Args:
+        unreadable: Takes the folders that could not be listed.
+    """
+    return _walk(root, "", unreadable, set())
+
+
+def _walk(root: Path, below: str, unreadable: list[str], seen: set[tuple[int, int]]) -> Iterator[str]:
+    """Each folder once, however it is linked."""
+    folder = root / below
+    try:
+        stat = folder.stat()
+        if (stat.st_dev, stat.st_ino) in seen:
+            return
+        seen.add((stat.st_dev, stat.st_ino))
+        with os.scandir(folder) as scan:
+            entries = sorted(scan, key=lambda entry: entry.name)
+    except OSError:
+        unreadable.append(str(folder))
+        return
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        name = f"{below}/{entry.name}" if below else entry.name
+        try:
+            mode = entry.stat().st_mode
+        except OSError:
+            yield name  # a dangling or looping link: reading it will say so
+            continue
+        if stat_modes.S_ISDIR(mode):
+            yield from _walk(root, name, unreadable, seen)
+        elif stat_modes.S_ISREG(mode):  # opening a pipe would wait for ever
+            yield name
+
+
+def file_state(path: Path) -> tuple[int, int]:
+    """(bytes, modification time in ns), which tell of a change without reading; (-1, -1) if there is no such file."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return -1, -1
+    return stat.st_size, stat.st_mtime_ns
 
 
 def name_hash(name: str) -> bytes:

@@ -18,6 +18,7 @@ from hjepa.errors import UserError
 
 Indices = NDArray[np.int64]
 TRIES = 16
+KEPT_SHARE = 0.75  # of the mean visible cells; a sample with fewer is drawn again, for the whole batch is cut to it
 
 
 class Masks(NamedTuple):
@@ -52,7 +53,8 @@ class MultiBlockMasking:
 
     Scale and aspect are drawn independently; a block may touch every edge, so every patch can be context and target.
     All images of a step keep the same number of context patches: the smallest count of the global batch, as a random
-    subset of cells, never the raster's top.
+    subset of cells, never the raster's top. So that one unlucky image does not blind thousands, images with much less
+    context than the mean are drawn again.
     """
 
     def __init__(self, config: Config):
@@ -66,6 +68,7 @@ class MultiBlockMasking:
         self.context_scale = masking.context_scale
         self.min_cells = math.ceil(masking.min_context / self.cell**2)
         self.seed = config.seed
+        self._floors: dict[tuple[int, int, int], int] = {}
         largest = max(
             h * w
             for scale in self.target_scale
@@ -93,9 +96,9 @@ class MultiBlockMasking:
             epoch: with the seed and the sample it decides where the blocks lie.
             samples: (B,) indices of the samples of the *global* batch, so that ranks and micro-batches agree.
         """
-        low_high = np.array([self.target_scale, self.target_aspect, self.context_scale, (0.0, 1.0)])
-        draws = uniform(self.seed, _array(step), np.arange(4))
-        scale, aspect, context_scale, _ = low_high[:, 0] + draws * (low_high[:, 1] - low_high[:, 0])
+        low_high = np.array([self.target_scale, self.target_aspect, self.context_scale])
+        draws = uniform(self.seed, _array(step), np.arange(3))
+        scale, aspect, context_scale = low_high[:, 0] + draws * (low_high[:, 1] - low_high[:, 0])
         height, width = self._block(scale, aspect)
         side = self._block(context_scale, 1.0)[0]
 
@@ -116,29 +119,45 @@ class MultiBlockMasking:
         Samples left with too little context are drawn again; what is still short after TRIES stacks its target
         blocks on the first one, which always leaves enough.
         """
-        b, m, g = len(samples), self.num_targets, self.coarse
+        b, m = len(samples), self.num_targets
         top, left = np.empty((b, m), np.int64), np.empty((b, m), np.int64)
-        visible = np.empty((b, g * g), bool)
-        rows, columns = np.divmod(np.arange(g * g), g)
-
-        def inside(t: Indices, x: Indices, h: int, w: int) -> NDArray[np.bool_]:  # (..., g*g)
-            t, x = t[..., None], x[..., None]
-            return (rows >= t) & (rows < t + h) & (columns >= x) & (columns < x + w)
-
+        visible = np.empty((b, self.coarse**2), bool)
         todo = np.arange(b)
         for attempt in range(TRIES):
-            draw = uniform(self.seed, samples[todo, None], _array(epoch), _array(attempt), np.arange(2 * m + 2))
-            top[todo] = draw[:, :m] * (g - height + 1)
-            left[todo] = draw[:, m : 2 * m] * (g - width + 1)
-            corner = (draw[:, 2 * m :] * (g - side + 1)).astype(np.int64)
-            hidden = inside(top[todo], left[todo], height, width).any(1)
-            visible[todo] = inside(corner[:, 0], corner[:, 1], side, side) & ~hidden
-            todo = todo[visible[todo].sum(1) < self.min_cells]
+            visible[todo], top[todo], left[todo] = self._draw(epoch, samples[todo], attempt, height, width, side)
+            enough = self._floor(height, width, side) if attempt < TRIES // 2 else self.min_cells
+            todo = todo[visible[todo].sum(1) < enough]
             if not len(todo):
                 return visible, top, left
         top[todo], left[todo] = top[todo, :1], left[todo, :1]
-        visible[todo] = ~inside(top[todo, 0], left[todo, 0], height, width)
+        visible[todo] = ~self._inside(top[todo, 0], left[todo, 0], height, width)
         return visible, top, left
+
+    def _draw(
+        self, epoch: int, samples: Indices, attempt: int, height: int, width: int, side: int
+    ) -> tuple[NDArray[np.bool_], Indices, Indices]:
+        """One try: visible coarse cells (B, coarse^2) and the corners (B, M) of the target blocks."""
+        m, g = self.num_targets, self.coarse
+        draw = uniform(self.seed, samples[:, None], _array(epoch), _array(attempt), np.arange(2 * m + 2))
+        top = (draw[:, :m] * (g - height + 1)).astype(np.int64)
+        left = (draw[:, m : 2 * m] * (g - width + 1)).astype(np.int64)
+        corner = (draw[:, 2 * m :] * (g - side + 1)).astype(np.int64)
+        hidden = self._inside(top, left, height, width).any(1)
+        return self._inside(corner[:, 0], corner[:, 1], side, side) & ~hidden, top, left
+
+    def _inside(self, top: Indices, left: Indices, height: int, width: int) -> NDArray[np.bool_]:
+        """Which coarse cells (..., coarse^2) lie in blocks with these corners (...)."""
+        row, column = np.divmod(np.arange(self.coarse**2), self.coarse)
+        top, left = top[..., None], left[..., None]
+        return (row >= top) & (row < top + height) & (column >= left) & (column < left + width)
+
+    def _floor(self, height: int, width: int, side: int) -> int:
+        """Visible cells below which a sample is drawn again: a function of the block sizes, not of the batch."""
+        if (height, width, side) not in self._floors:
+            visible, _, _ = self._draw(0, np.arange(512), TRIES, height, width, side)
+            floor = math.floor(KEPT_SHARE * float(visible.sum(1).mean()))
+            self._floors[height, width, side] = max(floor, self.min_cells)
+        return self._floors[height, width, side]
 
     def _patches(self, cells: Indices) -> Indices:
         """Coarse cells (B, k) -> their patches (B, k * cell^2)."""

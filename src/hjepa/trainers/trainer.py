@@ -23,18 +23,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hjepa import distributed
-from hjepa.config import Config, dump_yaml
+from hjepa.config import Config, dump_yaml, flatten
 from hjepa.distributed import World
 from hjepa.errors import FutileRetryError, PreemptedError, UserError
 from hjepa.losses import HierarchicalLoss
 from hjepa.masks import Masks, MultiBlockMasking
 from hjepa.models import HJEPAModel
-from hjepa.utils.checkpoint import CheckpointManager, SavedCheckpoint
+from hjepa.utils.checkpoint import CheckpointManager, SavedCheckpoint, read_checkpoint
 from hjepa.utils.collapse import CollapseMonitor
 from hjepa.utils.logging import MetricsLogger, ProgressTracker, format_seconds, say, warn
 from hjepa.utils.scheduler import create_ema_scheduler, create_lr_scheduler
 
 MAX_SKIPPED = 5  # non-finite steps in a row before training gives up
+MAX_SKIPPED_FP16 = 50  # there the loss scale has to come down first, by halves
+LINEAGE = ("seed", "model.", "masking.", "loss.", "training.", "data.image_size", "data.channels", "data.crop_scale")
+ELASTIC = ("training.device", "training.accumulation_steps", "training.use_amp")  # may change on resume
 
 Probe = Callable[[nn.Module], dict[str, float]]
 
@@ -134,7 +137,7 @@ class HJEPATrainer:
             )
         samples = train_loader.num_samples
         self.steps_per_epoch = samples / batch
-        self.total_steps = math.ceil(training.epochs * samples / batch)
+        self.total_steps = -(-training.epochs * samples // batch)
         self.lr_schedule = create_lr_scheduler(
             optimizer_type=training.optimizer,
             base_lr=training.lr,
@@ -175,6 +178,10 @@ class HJEPATrainer:
         self.skipped = 0  # non-finite steps in a row
         self.metrics: dict[str, float] = {}  # the newest value of everything logged
         self.measured: dict[str, float] = {}  # what the probe found at this very step
+        # Since the last log line: loss, gradient norm and losses of the levels, summed, and the steps in the sum.
+        self.sums = torch.zeros(self.core.num_levels + 2, device=self.device)
+        self.counted = 0
+        self._saved_step: int | None = None
         self._signal: int | None = None
 
     # -- the loop ----------------------------------------------------------------------------------------------------
@@ -183,12 +190,13 @@ class HJEPATrainer:
         """Train to the end, from the start or from the checkpoint to resume.
 
         Raises:
-            PreemptedError: SIGTERM or SIGINT came; the state is saved.
+            PreemptedError: SIGTERM came; the state is saved. SIGINT saves it too and is a KeyboardInterrupt.
             FutileRetryError: the representation collapsed or the numerics diverged.
         """
         self._restore()
         self._describe()
         with self._signals(), self.logger:
+            self._stop_if_collapsed()
             self._loop()
             self.checkpoints.wait()
         distributed.close()
@@ -199,8 +207,7 @@ class HJEPATrainer:
     def _loop(self) -> None:
         progress = ProgressTracker(self.total_steps, self.step)
         frequency = self.config.logging.log_frequency
-        sums = torch.zeros(self.core.num_levels + 2, device=self.device)  # loss, grad norm, levels
-        counted, waited = 0, 0.0
+        waited = 0.0
         self.model.train()
         batches = iter(self.train_loader.batches(self.step, self.total_steps))
         while self.step < self.total_steps:
@@ -213,16 +220,15 @@ class HJEPATrainer:
             measured = self._train_step(batch, momentum)
             self.step += 1
             if measured is not None:
-                sums += measured
-                counted += 1
+                self.sums += measured
+                self.counted += 1
             if self.step % frequency == 0 or self.step == self.total_steps:
                 progress.step(self.step)
-                self._log(sums / max(counted, 1), lr, momentum, progress, waited)
-                counted, waited = 0, 0.0
-                sums.zero_()
+                self._log(lr, momentum, progress, waited)
+                waited = 0.0
             if self._epoch(self.step) > self._epoch(self.step - 1) or self.step == self.total_steps:
                 self._end_of_epoch()
-            if self._signal is not None:
+            if self._signal is not None and self.step < self.total_steps:
                 self._stop()
 
     def _train_step(self, batch: Batch, momentum: float) -> Tensor | None:
@@ -270,13 +276,11 @@ class HJEPATrainer:
 
     def _skip(self, loss: Tensor, norm: Tensor) -> None:
         """A non-finite step changes nothing; too many of them end the run."""
-        self.scaler.step(self.optimizer) if self.scaler.is_enabled() else None
-        self.scaler.update()
+        self.scaler.update()  # lowers the scale: unscale_() has seen what was not finite
         self.optimizer.zero_grad(set_to_none=True)
         self.skipped += 1
         warn(f"step {self.step}: loss {loss.item():g}, gradient norm {norm.item():g}; the step is skipped")
-        # With fp16 the first scales are meant to overflow.
-        if self.skipped > MAX_SKIPPED and not self.scaler.is_enabled():
+        if self.skipped > (MAX_SKIPPED_FP16 if self.scaler.is_enabled() else MAX_SKIPPED):
             raise FutileRetryError(
                 f"{self.skipped} steps in a row had a loss or gradient that is not finite, up to step {self.step}. "
                 "Lower training.lr, or turn training.use_amp off, and resume from the last checkpoint."
@@ -292,8 +296,12 @@ class HJEPATrainer:
         """Epochs completed after ``step`` steps."""
         return step * self.config.training.batch_size // self.train_loader.num_samples
 
-    def _log(self, mean: Tensor, lr: float, momentum: float, progress: ProgressTracker, waited: float) -> None:
-        loss, norm, *levels = mean.tolist()  # the one host sync
+    def _log(self, lr: float, momentum: float, progress: ProgressTracker, waited: float) -> None:
+        if self.counted == 0:
+            return  # every step since the last line was skipped, and said so
+        loss, norm, *levels = (self.sums / self.counted).tolist()
+        self.sums.zero_()
+        self.counted = 0
         rate = progress.steps_per_second() * self.config.training.batch_size
         window = self.config.logging.log_frequency / max(progress.steps_per_second(), 1e-9)
         wait = min(waited / window, 1.0)
@@ -314,13 +322,19 @@ class HJEPATrainer:
 
     def _end_of_epoch(self) -> None:
         """Measure the representation, act on collapse, save."""
-        epoch = self._epoch(self.step)
+        before, now = self._epoch(self.step - 1), self._epoch(self.step)
         last = self.step == self.total_steps
-        measure = self.probe is not None and (epoch % self.config.collapse.frequency == 0 or last)
-        if measure and self.world.is_main:
+
+        def due(frequency: int) -> bool:  # one step may cover several epochs of a small data set
+            return last or now // frequency > before // frequency
+
+        save = due(self.config.checkpoint.save_frequency)
+        # What is saved is measured too: a checkpoint without a metric cannot be the best one.
+        if self.probe is not None and self.world.is_main and (save or due(self.config.collapse.frequency)):
             self._measure()
-        if last or self.checkpoints.should_save(epoch - 1):
+        if save:
             self._save()
+        self._stop_if_collapsed()
         self.measured = {}
 
     def _measure(self) -> None:
@@ -338,17 +352,24 @@ class HJEPATrainer:
         diagnosis = self.collapse.update(watched) if watched else None
         if diagnosis:
             warn(diagnosis)
-        if self.collapse.must_stop:
-            self._save()
-            self.checkpoints.wait()
-            raise FutileRetryError(
-                f"{diagnosis}. Training is stopped as collapse.action=stop asks. A faster target (lower "
-                "model.ema.momentum), a smaller training.lr or larger masks usually help."
-            )
+
+    def _stop_if_collapsed(self) -> None:
+        """Checked after a restart too: a retry must not train on from a collapsed state."""
+        if not self.collapse.must_stop:
+            return
+        self._save()
+        self.checkpoints.wait()
+        raise FutileRetryError(
+            f"{self.collapse.diagnosis}, up to step {self.step}. Training is stopped as collapse.action=stop asks. "
+            "A faster target (lower model.ema.momentum), a smaller training.lr or larger masks usually help; start "
+            "again with another name of the run."
+        )
 
     def _save(self) -> None:
-        if not self.world.is_main:
+        """Once per step: a second save would lose what was measured before the first."""
+        if not self.world.is_main or self._saved_step == self.step:
             return
+        self._saved_step = self.step
         self.checkpoints.save_checkpoint(
             epoch=self._epoch(self.step),
             model=self.model,
@@ -358,11 +379,14 @@ class HJEPATrainer:
             step=self.step,
             state={
                 "config": dump_yaml(self.config),
+                "lineage": self.lineage,
                 "images_seen": self.images_seen,
+                "sums": self.sums,
+                "counted": self.counted,
                 "skipped": self.skipped,
                 "strikes": self.collapse.strikes,
                 "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+                "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             },
         )
 
@@ -372,20 +396,40 @@ class HJEPATrainer:
             path = self.checkpoints.find_resumable(warn)
         if path is None:
             return
+        self._require_same_lineage(Path(path))
         content = self.checkpoints.load_checkpoint(path, self.core, self.optimizer, self.scaler)
         state: Mapping[str, Any] = content["state"]
         self.step = content["step"]
         self.metrics = dict(content["metrics"])
         self.skipped, self.collapse.strikes = state["skipped"], state["strikes"]
         torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
-        if self.images_seen != state["images_seen"]:
-            raise UserError(
-                f"{path} was trained with another training.batch_size: {self.step} steps saw {state['images_seen']} "
-                f"images there and would be {self.images_seen} here; resume with the batch size it was trained with"
-            )
+        if state["cuda_rng"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        self.sums.copy_(state["sums"])
+        self.counted = state["counted"]
+        self._saved_step = self.step
         say(f"resumed from {path} at step {self.step} of {self.total_steps}")
+
+    @property
+    def lineage(self) -> dict[str, Any]:
+        """Everything that decides where the next step leads; a checkpoint of another lineage cannot be resumed."""
+        settings = {key: value for key, value in flatten(self.config).items() if key.startswith(LINEAGE)}
+        return {key: value for key, value in settings.items() if key not in ELASTIC} | {
+            "images": self.train_loader.num_samples
+        }
+
+    def _require_same_lineage(self, path: Path) -> None:
+        theirs, ours = read_checkpoint(path)["state"]["lineage"], self.lineage
+        different = [
+            f"{key}: {theirs.get(key)} there, {ours.get(key)} here"
+            for key in sorted({*theirs, *ours})
+            if theirs.get(key) != ours.get(key)
+        ]
+        if different:
+            raise UserError(
+                f"{path} was trained with other settings, and going on would mix two experiments. "
+                "Use the settings it was trained with, or another name of the run.\n  " + "\n  ".join(different)
+            )
 
     def _describe(self) -> None:
         if not self.world.is_main:
@@ -407,6 +451,8 @@ class HJEPATrainer:
         assert self._signal is not None
         self._save()
         self.checkpoints.wait()
+        if self._signal == signal.SIGINT:
+            raise KeyboardInterrupt
         name = signal.Signals(self._signal).name
         raise PreemptedError(
             f"{name} at step {self.step} of {self.total_steps}: the state is saved, the run can be resumed"

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -188,6 +188,8 @@ class CheckpointManager:
     ):
         self.checkpoint_dir = Path(checkpoint_dir)
         self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+        for left_behind in self.checkpoint_dir.glob(".checkpoint_*.tmp"):  # by a writer that was killed
+            left_behind.unlink(missing_ok=True)
         self.keep_best_n = keep_best_n
         self.save_frequency = save_frequency
         self.metric_name = metric_name
@@ -345,17 +347,20 @@ class CheckpointManager:
 
     def find_resumable(self, report: Callable[[str], None]) -> Path | None:
         """The newest checkpoint whose checksum holds; says aloud which ones had to be passed over."""
-        candidates = [self.checkpoint_dir / LATEST, *sorted(self.checkpoint_dir.glob("checkpoint_epoch_*.pth"))[::-1]]
-        for path in candidates:
-            if not path.exists():
-                continue
-            try:
-                read_checkpoint(path)
-            except DamagedCheckpointError as error:
-                report(f"{error}; trying the one before")
-                continue
-            return path
-        return None
+        return next(iter(good_checkpoints(self.checkpoint_dir, report)), None)
+
+
+def good_checkpoints(folder: Path, report: Callable[[str], None]) -> Iterator[Path]:
+    """The checkpoints of a folder whose checksums hold, newest first; the others are reported."""
+    for path in [folder / LATEST, *sorted(folder.glob("checkpoint_epoch_*.pth"), reverse=True)]:
+        if not path.exists():
+            continue
+        try:
+            read_checkpoint(path)
+        except DamagedCheckpointError as error:
+            report(f"{error}; trying the one before")
+        else:
+            yield path
 
 
 def _clone(value: Any) -> Any:

@@ -33,6 +33,8 @@ def mean_cosine(z: Tensor) -> float:
     """Mean cosine over all pairs of different images of ``z`` (n, D); 1 when all point the same way."""
     unit = F.normalize(z.double(), dim=1)
     n = len(z)
+    if n < 2:
+        raise ValueError("the mean cosine needs at least two images")
     return float((unit.sum(0).square().sum() - unit.square().sum()) / (n * (n - 1)))
 
 
@@ -48,6 +50,7 @@ class CollapseMonitor:
 
     config: CollapseConfig
     strikes: int = 0
+    diagnosis: str = "collapse"  # of the latest collapsed measurement
 
     def update(self, metrics: dict[str, float]) -> str | None:
         """The diagnosis if these measurements (of ``collapse_metrics``) are collapsed, else None."""
@@ -60,7 +63,10 @@ class CollapseMonitor:
         if metrics["rankme"] < self.config.min_rank:
             found.append(f"its effective rank is {metrics['rankme']:.2f}, below {self.config.min_rank:g}")
         self.strikes = self.strikes + 1 if found else 0
-        return f"collapse: {' and '.join(found)} ({self.strikes} in a row)" if found else None
+        if not found:
+            return None
+        self.diagnosis = f"collapse: {' and '.join(found)} ({self.strikes} in a row)"
+        return self.diagnosis
 
     @property
     def must_stop(self) -> bool:

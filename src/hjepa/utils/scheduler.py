@@ -128,10 +128,15 @@ def create_lr_scheduler(
     return kinds[schedule_type](
         base_lr,
         min_lr,
-        total_steps=math.ceil(epochs * steps_per_epoch),
-        warmup_steps=round(warmup_epochs * steps_per_epoch),
+        total_steps=_steps(epochs, steps_per_epoch),
+        warmup_steps=min(round(warmup_epochs * steps_per_epoch), _steps(epochs, steps_per_epoch) - 1),
         steps_per_epoch=steps_per_epoch,
     )
+
+
+def _steps(epochs: float, steps_per_epoch: float) -> int:
+    """Steps that cover all images; a tiny excess is rounding, not another step."""
+    return max(1, math.ceil(epochs * steps_per_epoch - 1e-6))
 
 
 def create_ema_scheduler(
@@ -146,7 +151,7 @@ def create_ema_scheduler(
     return EMAScheduler(
         base_momentum,
         final_momentum,
-        total_steps=math.ceil(epochs * steps_per_epoch),
-        warmup_steps=round(warmup_epochs * steps_per_epoch),
+        total_steps=_steps(epochs, steps_per_epoch),
+        warmup_steps=min(round(warmup_epochs * steps_per_epoch), _steps(epochs, steps_per_epoch) - 1),
         steps_per_epoch=steps_per_epoch,
     )
