@@ -334,7 +334,7 @@ def test_pyfunc__colour_images_of_any_size_and_wrong_input(shelf: Shelf, tmp_pat
     assert np.abs(got[:1] - expected(tmp_path / "colour", pictures[:1], 0)).max() < 1e-5
     assert np.abs(got[1:] - expected(tmp_path / "colour", pictures[1:2, :33], 0)).max() < 1e-5
 
-    with pytest.raises(ValueError, match="no level '7': expected one of all, 0, 1"):
+    with pytest.raises(ValueError, match="no level '7': expected one of all, mean, 0, 1"):
         loaded.predict(pictures, params={"level": "7"})
     with pytest.raises(mlflow.MlflowException, match="uint8"):
         loaded.predict(pictures.astype(np.float32))

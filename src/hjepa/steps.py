@@ -845,7 +845,8 @@ def _evaluate(run: Run, dataset: Json, model: Json, folder: Path) -> Json:
         "table": table,
         "split": {**sizes, "dataset_digest": dataset["digest"]},
         "model_digest": model["digest"],
-        "settings": config.evaluation.model_dump(mode="json"),
+        # What a score depends on; scores of other settings are not comparable.
+        "settings": config.evaluation.model_dump(mode="json", exclude={"batch_size", "primary_metric"}),
     }
 
 
@@ -882,6 +883,9 @@ def register_model(*, resolved_path: str, model_path: str, evaluation_path: str,
         )
     run.tracker.finish()
     result = {"schema": SCHEMA, **asdict(registration), "mlflow_run_url": run.tracker.url}
+    rival = registry.run_of_champion(run.tracker, registration)
+    if rival and rival != run.mlflow_run_id:
+        result["compare_url"] = run.tracker.compare_url([rival, run.mlflow_run_id])
     write_manifest(registration_path, result)
     say(f"{registration.name} version {registration.version} is {registration.alias}: {registration.reason}")
     return result

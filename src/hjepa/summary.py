@@ -81,6 +81,8 @@ def _facts(summary: Summary) -> Table:
     table.add_row("checkpoint", summary.checkpoint["uri"])
     table.add_row("model", summary.model["uri"])
     table.add_row("MLflow run", registration["mlflow_run_url"])
+    if "compare_url" in registration:
+        table.add_row("beside the champion", registration["compare_url"])
     table.add_row("registered", f"{registration['name']} version {registration['version']} @ {registration['alias']}")
     table.add_row("", registration["reason"])
     return table

@@ -449,6 +449,15 @@ def _cell(value: object) -> str:
 # -- fetching ----------------------------------------------------------------------------------------------------------
 
 
+def run_of_champion(tracker: Tracker, registration: Registration) -> str | None:
+    """The MLflow run id behind the champion that a registration found or made, None without one."""
+    if registration.champion_version is None:
+        return None
+    with server_errors(tracker.uri, "read the champion"):
+        version = tracker.client.get_model_version(registration.name, str(registration.champion_version))
+    return str(version.run_id) if version.run_id else None
+
+
 def fetch_export(uri: str) -> Path:
     """The folder of an export, verified against its manifest; remote ones are kept in the user's cache.
 
