@@ -76,7 +76,11 @@ class Recorder:
 
 
 def build(
-    folder: Path, *overrides: str, loader: Images | None = None, **keywords: object
+    folder: Path,
+    *overrides: str,
+    loader: Images | None = None,
+    val_loader: Images | None = None,
+    **keywords: object,
 ) -> tuple[HJEPATrainer, Recorder]:
     config: Config = load_config(CONFIG, [*overrides, f"checkpoint.checkpoint_dir={folder}"])
     torch.manual_seed(config.seed)
@@ -85,7 +89,7 @@ def build(
     trainer = HJEPATrainer(
         model,
         loader or Images(),
-        None,
+        val_loader,
         create_optimizer(model, config),
         HierarchicalLoss(config),
         MultiBlockMasking(config),
@@ -172,6 +176,15 @@ def test_collapse__stops_with_a_diagnosis_and_a_saved_state(tmp_path: Path) -> N
     with pytest.raises(FutileRetryError, match=r"effective rank is 1\.00"):
         trainer.train()
     assert read_checkpoint(tmp_path / LATEST)["epoch"] == 2
+
+
+def test_validation__is_the_loss_on_the_same_masks_each_time(tmp_path: Path) -> None:
+    trainer, recorder = build(tmp_path, "training.lr=1e-12", "training.min_lr=0", val_loader=Images(count=24))
+    trainer.train()
+    values = [record["val/loss"] for _, record in recorder.records if "val/loss" in record]
+    assert len(values) == 3
+    assert values == pytest.approx([values[0]] * 3, rel=1e-6)
+    assert trainer.model.training
 
 
 class KilledError(BaseException):

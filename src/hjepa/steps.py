@@ -463,6 +463,9 @@ def _train(run: Run, dataset: Json, resume: str, device: str) -> Json:
     )
     try:
         trainer.train()
+    except BaseException:
+        uploads.close(timeout_seconds=15)  # within the grace period of a pod that is told to stop
+        raise
     finally:
         _close_stream(stream, logs / "metrics.jsonl", run)
         _upload_logs(run, logs)
@@ -575,6 +578,13 @@ class CheckpointUploads:
             except (HjepaError, OSError) as error:
                 warn(f"the checkpoint of step {saved.step} stays on this machine for now: {error}")
 
+    def close(self, timeout_seconds: float | None = None) -> None:
+        """Let the upload in flight and the one that waits end."""
+        with self._ready:
+            self._closed = True
+            self._ready.notify()
+        self._thread.join(timeout_seconds)
+
     def finish(self, ranking: Sequence[int]) -> None:
         """Send every good checkpoint of this machine that S3 does not have yet.
 
@@ -583,10 +593,7 @@ class CheckpointUploads:
         """
         from hjepa.utils.checkpoint import SavedCheckpoint, good_checkpoints, read_checkpoint
 
-        with self._ready:
-            self._closed = True
-            self._ready.notify()
-        self._thread.join()
+        self.close()
         present = {manifest["step"] for manifest in self.manifests()}
         for path in good_checkpoints(self.folder, warn):
             content = read_checkpoint(path)

@@ -86,7 +86,7 @@ class HJEPATrainer:
     Args:
         model: On any device; moved to ``device``.
         train_loader: Deterministic batches, see ``Loader``.
-        val_loader: Images whose loss is reported after every epoch, or None.
+        val_loader: Images whose loss is reported whenever the representation is measured, or None.
         optimizer: Over the model's trainable parameters.
         loss_fn: Per-level predictions and targets -> loss and detached losses per level.
         masking_fn: Masks of the global batch of a step.
@@ -330,12 +330,31 @@ class HJEPATrainer:
 
         save = due(self.config.checkpoint.save_frequency)
         # What is saved is measured too: a checkpoint without a metric cannot be the best one.
-        if self.probe is not None and self.world.is_main and (save or due(self.config.collapse.frequency)):
-            self._measure()
+        if save or due(self.config.collapse.frequency):
+            if self.val_loader is not None:
+                self._validate(self.val_loader)
+            if self.probe is not None and self.world.is_main:
+                self._measure()
         if save:
             self._save()
         self._stop_if_collapsed()
         self.measured = {}
+
+    @torch.no_grad()
+    def _validate(self, loader: Loader) -> None:
+        """Mean loss over the validation images, with the same masks every time. It watches, it never selects."""
+        self.model.eval()
+        losses = []
+        for batch in loader.batches(0, -(-loader.num_samples // self.config.training.batch_size)):
+            masks = self.masking_fn(step=batch.step, epoch=0, samples=batch.global_samples)
+            own = self.world.slice(len(batch.global_samples))
+            loss, _ = self._loss(batch.images.to(self.device), masks, np.arange(own.start, own.stop))
+            losses.append(loss)
+        self.model.train()
+        found = {"val/loss": float(torch.stack(losses).mean())}
+        self.measured |= found
+        if self.world.is_main:
+            self.logger.log_metrics(found, self.images_seen)
 
     def _measure(self) -> None:
         assert self.probe is not None
@@ -343,7 +362,7 @@ class HJEPATrainer:
         with torch.inference_mode():
             found = self.probe(self.core.target_encoder)
         self.model.train()
-        self.measured = found
+        self.measured |= found
         self.logger.log_metrics(found, self.images_seen)
         say("  " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
         watched = {
