@@ -47,10 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except _TerminatedError:
-        print("terminated", file=sys.stderr, flush=True)
+        print("terminated; the same command goes on where this one was", file=sys.stderr, flush=True)
         return TERMINATED
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+        print("interrupted; the same command goes on where this one was", file=sys.stderr, flush=True)
         return INTERRUPTED
 
 
@@ -146,12 +146,17 @@ def _add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument("--run", dest="run_name", metavar="NAME", help="name of the run; a used name goes on with it")
 
 
+def _default_home() -> Path:
+    return Path(os.environ.get("HJEPA_HOME", ".hjepa"))
+
+
 def _add_home(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--home",
         type=Path,
-        default=Path(os.environ.get("HJEPA_HOME", ".hjepa")),
-        help="folder of the servers' data and the runs' files (default: $HJEPA_HOME or .hjepa)",
+        default=_default_home(),
+        help="folder of the servers' data and of the manifests and logs of runs; checkpoints lie where "
+        "checkpoint.checkpoint_dir says (default: $HJEPA_HOME or .hjepa)",
     )
 
 
@@ -179,6 +184,8 @@ def run(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.set)
     check_source(config.data)  # again in resolve_config, but a misspelt name should not have to wait for servers
     home: Path = options.home.expanduser().resolve()
+    if home.exists() and not home.is_dir():
+        raise UserError(f"--home {home} is a file; give a folder")
     name = run_name(options, config)
     with _only_user(home):
         if options.fresh:
@@ -288,8 +295,11 @@ def _summary(finished: Any, options: argparse.Namespace, *, stack_stays: bool) -
     registration = read("register-model", "registration")
     model_uri = f"models:/{registration['name']}/{registration['version']}"
     program, python = (os.path.relpath(path) for path in (sys.argv[0], sys.executable))
-    again = shlex.join([program, "run", "--config", options.config, "--set", "model.num_levels=1"])
-    up = "" if stack_stays else f"{program} stack up && "
+    home = [] if options.home == _default_home() else ["--home", str(options.home)]
+    settings = [part for setting in options.set for part in ("--set", setting)]
+    again = shlex.join([program, "run", "--config", options.config, *home, *settings, "--set", "model.num_levels=1"])
+    up = "" if stack_stays else shlex.join([program, "stack", "up", *home]) + " && "
+    variables = shlex.join([program, "stack", "env", *home])
     use = f"import hjepa; print(hjepa.load_encoder('{model_uri}'))"
     return Summary(
         dataset=read("prepare-data", "dataset"),
@@ -302,7 +312,7 @@ def _summary(finished: Any, options: argparse.Namespace, *, stack_stays: bool) -
         commands=[
             ("change one setting and compare", again),
             ("look at the curves in MLflow", f"{up}open '{registration['mlflow_run_url']}'"),
-            ("use the encoder", f'{up}eval "$({program} stack env)" && {python} -c "{use}"'),
+            ("use the encoder", f'{up}eval "$({variables})" && {python} -c "{use}"'),
         ],
     )
 
@@ -315,8 +325,12 @@ def _use_servers(options: argparse.Namespace, config: Config) -> None:
     from hjepa.adapters.stack import Stack
 
     stack = Stack(options.home)
-    if stack.status().healthy and "AWS_ENDPOINT_URL" not in os.environ:
+    if "AWS_ENDPOINT_URL" in os.environ:
+        return
+    if stack.status().healthy:
         os.environ.update(_variables(stack, config))
+    elif config.storage.endpoint_url is None and "AWS_ACCESS_KEY_ID" not in os.environ:
+        say("note: S3 and MLflow of this machine are not running; start them with: hjepa stack up")
 
 
 def _files(options: argparse.Namespace) -> dict[str, str]:
@@ -408,12 +422,10 @@ def doctor(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.set)
     _use_servers(options, config)
     embedded = config.storage.endpoint_url is None and "AWS_ENDPOINT_URL" not in os.environ
-    if embedded:
-        say("note: S3 and MLflow of this machine are not running; `hjepa run` starts them, `hjepa stack up` too")
     findings = preflight.check(config, servers=not embedded)
     for finding in findings:
         say(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.name}: {finding.detail}")
-        if not finding.ok:
+        if not finding.ok and finding.remedy:
             say(f"      {finding.remedy}")
     return 0 if all(finding.ok for finding in findings) else UserError.exit_code
 
@@ -447,7 +459,10 @@ def stack_status(options: argparse.Namespace) -> int:
 def stack_env(options: argparse.Namespace) -> None:
     from hjepa.adapters.stack import Stack
 
-    for name, value in Stack(options.home).environment().items():
+    stack = Stack(options.home)
+    if not stack.status().healthy:
+        print("note: these servers are not running; start them with: hjepa stack up", file=sys.stderr)
+    for name, value in stack.environment().items():
         print(f"export {name}={shlex.quote(value)}")
 
 

@@ -17,6 +17,7 @@ import logging
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -74,8 +75,9 @@ def step(function: Callable[P, T]) -> Callable[P, T]:
             if timings := os.environ.get("HJEPA_TIMINGS_FILE"):
                 seconds = round(time.monotonic() - started, 3)
                 append_json_line(Path(timings), {"step": function.__name__, "seconds": seconds})
-            if in_task:
-                # Python's last garbage collection walks all of torch and mlflow: most of a second per step.
+            if in_task and "triton" not in sys.modules:
+                # Python's last garbage collection walks all of torch and mlflow: most of a second per step. Triton's
+                # bindings take what it leaves for leaks, and say so at length.
                 gc.freeze()
 
     return wrapper
