@@ -247,7 +247,8 @@ def test_readme__names_every_command_of_the_cli() -> None:
 
 # -- what must not be in the repository ------------------------------------------------------------------------------
 
-HOSTS = ["pypi" + ".org", "python" + "hosted.org", "deb.debian" + ".org", "registry.npmjs" + ".org"]
+PARTS = [("pypi", "org"), ("python" + "hosted", "org"), ("deb", "debian", "org"), ("registry", "npmjs", "org")]
+HOSTS = [".".join(parts) for parts in PARTS]  # this file must not name them either
 MACHINE_PATHS = re.compile(r"(?<![\w.$}{-])/(?:" + "work|root|home" + r")/[\w.]|(?<![\w.$}{-])/tmp/[\w.]")
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from hjepa.adapters.tracking import MetricStream, Tracker, TrackingError, flatten, replay, tracking_uri
-from hjepa.config import TrackingConfig
+from hjepa.adapters.tracking import MetricStream, Tracker, TrackingError, replay, tracking_uri
+from hjepa.config import TrackingConfig, flatten_tree
 from hjepa.errors import UserError
 
 NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens there
@@ -247,7 +247,7 @@ def test_tracking_uri__no_server_says_what_to_set(uri: str, message: str, monkey
 
 
 def test_flatten__nested_sections_become_dotted_names() -> None:
-    assert flatten({"a": {"b": {"c": 1}, "d": [2]}, "e": None}) == {"a.b.c": 1, "a.d": [2], "e": None}
+    assert flatten_tree({"a": {"b": {"c": 1}, "d": [2]}, "e": None}) == {"a.b.c": 1, "a.d": [2], "e": None}
 
 
 def test_import__loads_neither_mlflow_nor_torch() -> None:

@@ -588,16 +588,17 @@ def dump_yaml(config: Config) -> str:
 
 def flatten(config: Config) -> dict[str, Any]:
     """Dotted key -> value, for parameter tables."""
+    return flatten_tree(config.model_dump(mode="json"))
+
+
+def flatten_tree(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
     flat: dict[str, Any] = {}
-
-    def walk(prefix: str, node: Any) -> None:
-        if isinstance(node, dict):
-            for key, value in node.items():
-                walk(f"{prefix}{key}.", value)
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten_tree(value, f"{prefix}{key}.")
         else:
-            flat[prefix[:-1]] = node
-
-    walk("", config.model_dump(mode="json"))
+            flat[f"{prefix}{key}"] = value
     return flat
 
 

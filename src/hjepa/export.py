@@ -17,6 +17,7 @@ from hjepa.data.transforms import eval_view, normalize, to_channels
 from hjepa.errors import HjepaError, UserError
 from hjepa.models import HierarchicalEncoder, VisionTransformer, build_encoder
 from hjepa.utils.checkpoint import read_checkpoint
+from hjepa.utils.files import file_sha256
 
 SCHEMA = 1
 WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
@@ -165,8 +166,3 @@ def max_abs_difference(a: ExportedEncoder, b: ExportedEncoder, images: Tensor) -
     with torch.inference_mode():
         ours, theirs = a.embed(a.preprocess(images)), b.embed(b.preprocess(images))
     return max(float((ours[level] - theirs[level]).abs().max()) for level in ours)
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

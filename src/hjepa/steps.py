@@ -33,6 +33,7 @@ from hjepa.adapters.s3 import ObjectNotFoundError, S3Store
 from hjepa.adapters.tracking import MetricStream, Tracker, tracking_uri
 from hjepa.config import Config, dump_yaml, flatten, load_config, sha256_json, validate
 from hjepa.errors import HjepaError, PreemptedError, UserError
+from hjepa.utils.files import file_sha256
 from hjepa.utils.logging import append_json_line, say, warn
 
 if TYPE_CHECKING:
@@ -338,7 +339,6 @@ def _shard_cache(config: Config) -> Path:
 def _open_split(run: Run, manifest: Json, split: str) -> Any:
     """A data set whose shards come from S3 through a local cache that trusts nothing but their checksums."""
     from hjepa.data.loader import ShardDataset
-    from hjepa.export import file_sha256
 
     cache, folder = _shard_cache(run.config), run.store.key_of(manifest["uri"])
     files = [*manifest["splits"][split]["shards"], manifest["splits"][split]["index"]]
@@ -544,10 +544,9 @@ class CheckpointUploads:
 
     def fetch_newer(self) -> None:
         """Download the newest checkpoint if what this machine has is older or damaged: the pod moved, or its disk."""
-        from hjepa.utils.checkpoint import LATEST, good_checkpoints, read_checkpoint
+        from hjepa.utils.checkpoint import LATEST, good_checkpoints
 
-        local = next(iter(good_checkpoints(self.folder, warn)), None)
-        step = read_checkpoint(local)["step"] if local else -1
+        step = next((content["step"] for _, content in good_checkpoints(self.folder, warn)), -1)
         for manifest in reversed(self.manifests()):
             if manifest["step"] <= step:
                 return
@@ -593,12 +592,11 @@ class CheckpointUploads:
         Raises:
             HjepaError: the store refuses or cannot be reached; the files stay here, and the next try sends them.
         """
-        from hjepa.utils.checkpoint import SavedCheckpoint, good_checkpoints, read_checkpoint
+        from hjepa.utils.checkpoint import SavedCheckpoint, good_checkpoints
 
         self.close()
         present = {manifest["step"] for manifest in self.manifests()}
-        for path in good_checkpoints(self.folder, warn):
-            content = read_checkpoint(path)
+        for path, content in good_checkpoints(self.folder, warn):
             if content["step"] not in present:
                 present.add(content["step"])
                 self._send(
@@ -606,7 +604,6 @@ class CheckpointUploads:
                 )
 
     def _send(self, saved: SavedCheckpoint) -> None:
-        from hjepa.export import file_sha256
 
         store, config = self.run.store, self.run.config
         key = self.run.key(f"checkpoints/{saved.step}/checkpoint.pth")
@@ -677,7 +674,6 @@ def _close_stream(stream: MetricStream, journal: Path, run: Run) -> None:
 
 def _upload_logs(run: Run, logs: Path) -> None:
     """TensorBoard events and the metrics journal, next to the checkpoints; missing them fails nothing."""
-    from hjepa.export import file_sha256
 
     for path in sorted(item for item in logs.rglob("*") if item.is_file()):
         try:

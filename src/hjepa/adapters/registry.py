@@ -29,7 +29,8 @@ from hjepa.adapters.tracking import (
 )
 from hjepa.config import sha256_json
 from hjepa.errors import HjepaError, UserError
-from hjepa.export import WEIGHTS, file_sha256
+from hjepa.export import WEIGHTS
+from hjepa.utils.files import file_sha256
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

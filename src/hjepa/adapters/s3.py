@@ -39,6 +39,7 @@ from botocore.exceptions import ConnectionError as NoConnectionError
 
 from hjepa.config import StorageConfig
 from hjepa.errors import HjepaError, UserError
+from hjepa.utils.files import file_sha256, sync_folder
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -202,7 +203,7 @@ class S3Store:
         present = self.head(key)
         if present is not None and (present.size, present.sha256) == (size, sha256):
             return 0
-        actual = _file_sha256(path)
+        actual = file_sha256(path)
         if actual != sha256:
             raise HjepaError(
                 f"{path} changed after it was hashed: expected sha256 {sha256}, got {actual}; make it again"
@@ -289,7 +290,7 @@ class S3Store:
                 self._client.download_file(
                     self.bucket, self.prefix + key, str(partial), Config=_TRANSFER, Callback=progress
                 )
-            actual = _file_sha256(partial)
+            actual = file_sha256(partial)
             if sha256 is not None and actual != sha256:
                 raise HjepaError(
                     f"{self.uri(key)} is damaged: expected sha256 {sha256}, got {actual}. "
@@ -298,7 +299,7 @@ class S3Store:
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
             partial.replace(path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         finally:
             partial.unlink(missing_ok=True)
 
@@ -448,16 +449,3 @@ class _ConditionError(HjepaError):
 
 def _status(error: ClientError) -> int:
     return error.response["ResponseMetadata"]["HTTPStatusCode"]
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hjepa.config import TrackingConfig
+from hjepa.config import TrackingConfig, flatten_tree
 from hjepa.errors import HjepaError, UserError
 
 if TYPE_CHECKING:  # importing mlflow takes three seconds, which every `hjepa --help` would pay
@@ -191,7 +191,7 @@ class Tracker:
             if run.info.status != "RUNNING":
                 client.update_run(run_id, status="RUNNING")
             _write_tags(client, run_id, {**tags, RUN_TAG: run_name})
-            _write_params(client, run, flatten(params))
+            _write_params(client, run, flatten_tree(params))
         tracker = cls(uri, run_id)
         tracker._experiment_id = run.info.experiment_id
         return tracker
@@ -280,17 +280,6 @@ class Tracker:
             self._silent_until = time.monotonic() + _RETRY_AFTER_SECONDS
             return False
         return True
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def log_metrics(

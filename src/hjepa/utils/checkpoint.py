@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from hjepa.errors import HjepaError, UserError
+from hjepa.utils.files import sync_folder
 
 SCHEMA = 1
 LATEST, BEST = "checkpoint_latest.pth", "checkpoint_best.pth"
@@ -109,7 +110,7 @@ def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_directory(path.parent)
+    sync_folder(path.parent)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -137,14 +138,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise DamagedCheckpointError(f"{path} is damaged: its checksum does not match its content")
     state: dict[str, Any] = unpack(json.loads(metadata["hjepa"]), tensors)
     return state
-
-
-def _sync_directory(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _link(source: Path, name: Path) -> None:
@@ -347,20 +340,20 @@ class CheckpointManager:
 
     def find_resumable(self, report: Callable[[str], None]) -> Path | None:
         """The newest checkpoint whose checksum holds; says aloud which ones had to be passed over."""
-        return next(iter(good_checkpoints(self.checkpoint_dir, report)), None)
+        return next((path for path, _ in good_checkpoints(self.checkpoint_dir, report)), None)
 
 
-def good_checkpoints(folder: Path, report: Callable[[str], None]) -> Iterator[Path]:
-    """The checkpoints of a folder whose checksums hold, newest first; the others are reported."""
+def good_checkpoints(folder: Path, report: Callable[[str], None]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """(path, content) of the checkpoints of a folder whose checksums hold, newest first; the others are reported."""
     for path in [folder / LATEST, *sorted(folder.glob("checkpoint_epoch_*.pth"), reverse=True)]:
         if not path.exists():
             continue
         try:
-            read_checkpoint(path)
+            content = read_checkpoint(path)
         except DamagedCheckpointError as error:
             report(f"{error}; trying the one before")
         else:
-            yield path
+            yield path, content
 
 
 def _clone(value: Any) -> Any:
