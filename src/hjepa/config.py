@@ -24,6 +24,7 @@ from hjepa.errors import UserError
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 # What evaluation measures of a readout, and what the probe measures during training.
 COLLAPSE_MEASURES = ("std", "rankme", "cosine")
@@ -69,6 +70,7 @@ class ModelConfig(Section):
     num_heads: Count = 12
     mlp_ratio: Positive = 4.0
     num_levels: Count = 2  # level l predicts the patch grid merged 2^l x 2^l; 1 is I-JEPA
+    stop_gradient: bool = True  # false: targets come from the trained encoder itself, with gradient
     predictor: PredictorConfig = PredictorConfig()
     ema: EMAConfig = EMAConfig()
 
@@ -79,11 +81,21 @@ class MaskingConfig(Section):
     target_aspect: Range = (0.75, 1.5)
     context_scale: Range = (0.85, 1.0)
     min_context: Count = 4  # visible patches that every image keeps at least
+    context_multiple: Count = 1  # visible patches are cut to a multiple of it, so that fewer shapes are compiled
+
+
+class RegularizerConfig(Section):
+    name: Literal["none", "vicreg", "sigreg"] = "none"
+    weight: Positive = 0.05  # of the term, beside the prediction loss
+    level_weights: tuple[NonNegative, ...] | None = None  # one per level; null weighs all levels equally
+    projector_dim: Count = 128  # width of the vectors that are regularised
+    num_slices: Count = 256  # random directions of sigreg, drawn anew at every step
 
 
 class LossConfig(Section):
     level_weights: tuple[NonNegative, ...] | None = None  # one per level; null weighs all levels equally
     smooth_l1_beta: Positive = 1.0
+    regularizer: RegularizerConfig = RegularizerConfig()
 
 
 class TrainingConfig(Section):
@@ -91,13 +103,19 @@ class TrainingConfig(Section):
     warmup_epochs: NonNegative = 40.0
     batch_size: Count = 2048  # global: over all ranks and accumulation steps
     accumulation_steps: Count = 1
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd", "lars"] = "adamw"
+    schedule: Literal["cosine", "linear"] = "cosine"  # of the learning rate, after the warm-up
     lr: Positive = 1e-3
     min_lr: NonNegative = 1e-6
     weight_decay: NonNegative = 0.05
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    weight_decay_end: NonNegative | None = None  # null keeps weight_decay; else half a cosine leads there
+    betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     clip_grad: Positive | None = 3.0  # largest gradient norm; null turns clipping off
-    use_amp: bool = True  # bf16 where the hardware has it, fp16 with loss scaling otherwise
+    use_amp: bool = True  # mixed precision
+    amp_dtype: Literal["auto", "bfloat16", "float16"] = "auto"  # auto: bf16 where the hardware has it, else fp16
+    max_skipped: Count = 3  # non-finite steps in a row before the run rewinds, once, and then stops
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp shards weights and optimiser state over the ranks
+    compile: bool = False  # torch.compile each transformer block; pays on a GPU
     device: str = "auto"  # auto, cpu, cuda, cuda:1
 
 
@@ -132,7 +150,8 @@ class TensorboardConfig(Section):
 class LoggingConfig(Section):
     experiment_name: str = "hjepa"
     log_dir: str = "results/logs"
-    log_frequency: Count = 100  # optimiser steps between log lines; the only host sync
+    log_frequency: Count = 100  # optimiser steps between log lines
+    picture_frequency: Annotated[int, Field(ge=0)] = 10  # epochs between pictures and histograms; 0: none
     wandb: WandbConfig = WandbConfig()
     tensorboard: TensorboardConfig = TensorboardConfig()
 
@@ -392,9 +411,9 @@ def contradictions(config: Config) -> list[tuple[tuple[str, ...], str]]:
         f"the smallest learning rate {training.min_lr:g} is above the largest {training.lr:g}",
     )
     check(
-        training.batch_size % training.accumulation_steps != 0,
+        training.accumulation_steps > training.batch_size,
         ("training.batch_size", "training.accumulation_steps"),
-        f"a global batch of {training.batch_size} does not divide into {training.accumulation_steps} micro-batches",
+        f"a global batch of {training.batch_size} has no image for each of {training.accumulation_steps} micro-batches",
     )
     weights = config.loss.level_weights
     if weights is not None:
@@ -404,6 +423,14 @@ def contradictions(config: Config) -> list[tuple[tuple[str, ...], str]]:
             f"expected one weight per level, got {len(weights)} weights for {levels} levels",
         )
         check(sum(weights) == 0, ("loss.level_weights",), "at least one level needs a weight above 0")
+    weights = config.loss.regularizer.level_weights
+    if weights is not None:
+        check(
+            len(weights) != levels,
+            ("loss.regularizer.level_weights", "model.num_levels"),
+            f"expected one weight per level, got {len(weights)} weights for {levels} levels",
+        )
+        check(sum(weights) == 0, ("loss.regularizer.level_weights",), "at least one level needs a weight above 0")
     for key in ("target_scale", "target_aspect", "context_scale"):
         low, high = getattr(masking, key)
         check(low > high, (f"masking.{key}",), f"expected (low, high), got ({low:g}, {high:g})")

@@ -3,14 +3,16 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hjepa.utils.logging import MetricsLogger, ProgressTracker
+from hjepa.utils.logging import MetricsLogger, ProgressLine, ProgressTracker, setup_logging
 from hjepa.utils.scheduler import (
     CosineScheduler,
     EMAScheduler,
     HierarchicalScheduler,
     LinearScheduler,
     create_ema_scheduler,
+    create_hierarchical_scheduler,
     create_lr_scheduler,
+    create_weight_decay_scheduler,
 )
 
 if TYPE_CHECKING:
@@ -25,10 +27,14 @@ __all__ = [
     "HierarchicalScheduler",
     "LinearScheduler",
     "MetricsLogger",
+    "ProgressLine",
     "ProgressTracker",
     "collapse_metrics",
     "create_ema_scheduler",
+    "create_hierarchical_scheduler",
     "create_lr_scheduler",
+    "create_weight_decay_scheduler",
+    "setup_logging",
 ]
 
 # What needs torch is imported when it is asked for: the command line and the light steps do without.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,17 +15,22 @@ from hjepa.config import CollapseConfig
 
 def embedding_std(z: Tensor) -> float:
     """Mean over dimensions of the standard deviation across images of ``z`` (n, D); 0 when all images look alike."""
-    return float(z.std(0, correction=0).mean())
+    return float(z.double().std(0, correction=0).mean())
 
 
 def effective_rank(z: Tensor) -> float:
     """RankMe (Garrido et al. 2023, eq. 1) of the centred embeddings ``z`` (n, D), in 1 .. min(n, D).
 
-    exp of the entropy of the singular values, normalised to sum 1. A cloud without any spread has rank 0.
+    exp of the entropy of the singular values, normalised to sum 1. A cloud without any spread has rank 0; spread that
+    rounding to float32 explains is none.
     """
-    singular = torch.linalg.svdvals((z - z.mean(0)).double())
+    z = z.double()
+    centred = z - z.mean(0)
+    # The singular values by way of the smaller Gram matrix: several times cheaper than an SVD of (n, D).
+    gram = centred @ centred.T if len(z) <= z.shape[1] else centred.T @ centred
+    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     total = singular.sum()
-    if total <= 1e-12 * max(1.0, float(z.abs().max())) * len(z):
+    if total <= 16 * torch.finfo(torch.float32).eps * math.sqrt(len(gram)) * z.norm():
         return 0.0
     p = singular / total
     return float(torch.exp(-torch.special.xlogy(p, p).sum()))
@@ -39,8 +46,9 @@ def mean_cosine(z: Tensor) -> float:
 
 
 def collapse_metrics(z: Tensor) -> dict[str, float]:
-    """The three measures of pooled embeddings (n, D) of different images."""
-    z = z.float()
+    """The three measures of pooled embeddings (n, D) of different images; NaN where an embedding is not finite."""
+    if not z.isfinite().all():
+        return {"std": math.nan, "rankme": math.nan, "cosine": math.nan}
     return {"std": embedding_std(z), "rankme": effective_rank(z), "cosine": mean_cosine(z)}
 
 
@@ -52,20 +60,34 @@ class CollapseMonitor:
     strikes: int = 0
     diagnosis: str = "collapse"  # of the latest collapsed measurement
 
-    def update(self, metrics: dict[str, float]) -> str | None:
-        """The diagnosis if these measurements (of ``collapse_metrics``) are collapsed, else None."""
-        found = []
-        if metrics["std"] < self.config.min_std:
-            found.append(
-                f"the embedding's standard deviation across images is {metrics['std']:.2g}, "
-                f"below {self.config.min_std:g}"
-            )
-        if metrics["rankme"] < self.config.min_rank:
-            found.append(f"its effective rank is {metrics['rankme']:.2f}, below {self.config.min_rank:g}")
-        self.strikes = self.strikes + 1 if found else 0
-        if not found:
+    def update(self, found: Mapping[str, float]) -> str | None:
+        """The diagnosis if some level is collapsed, else None.
+
+        Args:
+            found: What a probe measured. Keys are "collapse/std" and "collapse/rankme" of the whole embedding and
+                "collapse/level_0/std" and so on of a level; what is missing is not judged, other keys are ignored.
+        """
+        measures = {
+            "std": ("standard deviation across images", self.config.min_std, ".2g"),
+            "rankme": ("effective rank", self.config.min_rank, ".2f"),
+        }
+        judged, collapsed = False, list[str]()
+        for where in sorted({key.rpartition("/")[0] for key in found if key.startswith("collapse/")}):
+            complaints = []
+            for name, (words, limit, digits) in measures.items():
+                value = found.get(f"{where}/{name}")
+                judged |= value is not None
+                if value is not None and not value >= limit:  # NaN too
+                    complaints.append(f"{words} is {value:{digits}}, below {limit:g}")
+            if complaints:
+                level = where.removeprefix("collapse").lstrip("/").replace("_", " ") or "the whole embedding"
+                collapsed.append(f"of {level} the {' and the '.join(complaints)}")
+        if not judged:
             return None
-        self.diagnosis = f"collapse: {' and '.join(found)} ({self.strikes} in a row)"
+        self.strikes = self.strikes + 1 if collapsed else 0
+        if not collapsed:
+            return None
+        self.diagnosis = f"collapse: {'; '.join(collapsed)} ({self.strikes} in a row)"
         return self.diagnosis
 
     @property
