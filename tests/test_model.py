@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,8 @@ import torch.nn.functional as F
 from hjepa.config import Config, load_config
 from hjepa.losses import HierarchicalLoss
 from hjepa.masks import MultiBlockMasking
-from hjepa.models import HierarchicalEncoder, HJEPAModel, build_encoder, merge_cells
-from hjepa.models.vit import Block
+from hjepa.models import HierarchicalEncoder, HJEPAModel, MaskTensors, build_encoder, merge_cells
+from hjepa.models.vit import Attention, Block, gather_tokens
 
 TINY = """
 data: {image_size: 32, channels: 3}
@@ -26,36 +28,48 @@ def tiny(*overrides: str) -> Config:
     return load_config(TINY, overrides)
 
 
-def masked_batch(config: Config) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    masks = MultiBlockMasking(config)(step=3, epoch=1, samples=np.arange(8))
+def masked_batch(config: Config) -> tuple[torch.Tensor, MaskTensors]:
+    context, targets, union, place, rows = MultiBlockMasking(config)(step=3, epochs=1, samples=np.arange(8))
     images = torch.rand(8, config.data.channels, config.data.image_size, config.data.image_size)
-    return images, torch.from_numpy(masks.context), [torch.from_numpy(cells) for cells in masks.targets]
+    tensor = torch.from_numpy
+    return images, MaskTensors(tensor(context), [tensor(t) for t in targets], tensor(union), tensor(place), rows)
+
+
+def randomized(model: HJEPAModel) -> HJEPAModel:
+    """The target encoder moved away from the context encoder."""
+    with torch.no_grad():
+        for parameter in model.target_encoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
 
 
 def test_context__sequence_length_is_the_visible_patch_count() -> None:
     config = tiny()
     model = HJEPAModel(config)
-    images, context, _ = masked_batch(config)
-    lengths = []
-    model.context_encoder.blocks[0].register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
-    assert model.context_encoder(images, context).shape == (8, context.shape[1], 32)
-    assert lengths == [context.shape[1]]
-    assert context.shape[1] < 64
+    images, masks = masked_batch(config)
+    lengths: dict[str, list[int]] = {"context": [], "target": []}
+    for name, encoder in (("context", model.context_encoder), ("target", model.target_encoder)):
+        for block in encoder.blocks:
+            block.register_forward_hook(lambda _, x, y, name=name: lengths[name].append((x[0].shape[1], y.shape[1])))
+    model(images, masks)
+    visible, wanted = masks.context.shape[1], masks.union.shape[1]
+    assert visible < 64
+    assert lengths == {"context": [(visible, visible)] * 2, "target": [(64, 64), (64, wanted)]}
 
 
 def test_context__masked_pixels_change_nothing() -> None:
     config = tiny()
     model = HJEPAModel(config)
-    images, context, _ = masked_batch(config)
-    visible = torch.zeros(8, 64).scatter_(1, context, 1.0).view(8, 1, 8, 8)
+    images, masks = masked_batch(config)
+    visible = torch.zeros(8, 64).scatter_(1, masks.context, 1.0).view(8, 1, 8, 8)
     pixels = F.interpolate(visible, scale_factor=4)
     noise = torch.randn_like(images)
-    assert torch.equal(
-        model.context_encoder(images, context), model.context_encoder(images + noise * (1 - pixels), context)
-    )
-    assert not torch.equal(
-        model.context_encoder(images, context), model.context_encoder(images + noise * pixels, context)
-    )
+    seen = model.context_encoder(images, masks.context)
+    assert torch.equal(seen, model.context_encoder(images + noise * (1 - pixels), masks.context))
+    assert not torch.equal(seen, model.context_encoder(images + noise * pixels, masks.context))
+    predictions = model(images, masks).predictions
+    for before, after in zip(predictions, model(images + noise * (1 - pixels), masks).predictions, strict=True):
+        assert torch.equal(before, after)
 
 
 def test_encoder__all_patches_in_any_order_equal_the_full_pass() -> None:
@@ -77,17 +91,53 @@ def test_hierarchy__a_coarse_cell_is_the_mean_of_its_four_children() -> None:
             torch.testing.assert_close(cells[:, row, column], block.mean((1, 2)))
 
 
-def test_targets__are_layer_normed_cells_of_the_full_image() -> None:
-    config = tiny()
-    model = HJEPAModel(config)
-    images, _, targets = masked_batch(config)
-    cells = model.target_cells(images, targets)
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_targets__are_layer_normed_cells_of_the_whole_image(levels: int) -> None:
+    """Computed at the union of the blocks and merged inside a block, they equal the cells of the whole grid."""
+    config = tiny(f"model.num_levels={levels}")
+    model = randomized(HJEPAModel(config))
+    images, masks = masked_batch(config)
+    found = model.target_cells(images, masks)
     tokens = F.layer_norm(model.target_encoder(images), (32,))
-    for level in range(3):
-        expected = merge_cells(tokens, level)[5, targets[level][5, 2]]
-        torch.testing.assert_close(cells[level][5, 2], expected)
-    torch.testing.assert_close(cells[0].mean(-1), torch.zeros_like(cells[0].mean(-1)), atol=1e-5, rtol=0)
-    assert not any(cell.requires_grad for cell in cells)
+    assert len(found) == levels
+    for level, cells in enumerate(masks.targets):
+        expected = gather_tokens(merge_cells(tokens, level), cells.flatten(1)).view(*cells.shape, 32)
+        torch.testing.assert_close(found[level], expected, atol=1e-5, rtol=1e-5)
+        assert not found[level].requires_grad
+        assert found[level].dtype == torch.float32
+    torch.testing.assert_close(found[0].mean(-1), torch.zeros_like(found[0].mean(-1)), atol=1e-5, rtol=0)
+
+
+def test_targets__padding_of_the_union_changes_nothing() -> None:
+    config = tiny()
+    model = randomized(HJEPAModel(config))
+    images, masks = masked_batch(config)
+    all_patches = torch.stack([torch.randperm(64) for _ in range(8)])
+    place = torch.stack([order.argsort()[cells] for order, cells in zip(all_patches, masks.targets[0], strict=True)])
+    padded = masks._replace(union=all_patches, place=place)
+    for a, b in zip(model.target_cells(images, masks), model.target_cells(images, padded), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_targets__without_stop_gradient_are_the_context_encoders_and_carry_its_gradient() -> None:
+    config = tiny("model.stop_gradient=false")
+    model = randomized(HJEPAModel(config))
+    images, masks = masked_batch(config)
+    parameters = list(model.context_encoder.parameters())
+    out = model(images, masks)
+    loss = sum(F.mse_loss(p, t) for p, t in zip(out.predictions, out.targets, strict=True))
+    found = torch.autograd.grad(loss, parameters)
+
+    tokens = F.layer_norm(model.context_encoder(images), (32,))
+    predictions = model.predictor(model.context_encoder(images, masks.context), masks.context, masks.targets)
+    expected = sum(
+        F.mse_loss(p, gather_tokens(merge_cells(tokens, level), cells.flatten(1)).view_as(p))
+        for level, (p, cells) in enumerate(zip(predictions, masks.targets, strict=True))
+    )
+    for a, b in zip(found, torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    with torch.no_grad():
+        assert not model(images, masks).targets[0].requires_grad
 
 
 def test_target_encoder__equals_the_context_encoder_at_the_start() -> None:
@@ -97,59 +147,69 @@ def test_target_encoder__equals_the_context_encoder_at_the_start() -> None:
         assert not ours.requires_grad
 
 
-def test_update_target__is_the_exponential_mean() -> None:
-    model = HJEPAModel(tiny())
+@pytest.mark.parametrize("moved", [None, 1.0])
+def test_update_target__is_the_exponential_mean(moved: float | None) -> None:
+    model = randomized(HJEPAModel(tiny()))
     before = [parameter.clone() for parameter in model.target_encoder.parameters()]
-    with torch.no_grad():
-        for parameter in model.context_encoder.parameters():
-            parameter.add_(torch.randn_like(parameter))
-    model.update_target(0.9)
+    model.context_encoder.positions += 1.0
+    model.update_target(0.9, None if moved is None else torch.tensor(moved))
     for old, new, student in zip(
         before, model.target_encoder.parameters(), model.context_encoder.parameters(), strict=True
     ):
         torch.testing.assert_close(new, 0.9 * old + 0.1 * student)
+    assert torch.equal(model.target_encoder.positions, model.context_encoder.positions)
 
 
-def test_one_level__is_i_jepas_loss_on_the_same_masks() -> None:
-    """Written out from the paper: one pass per target block, smooth L1 of layer-normed target tokens."""
-    config = tiny("model.num_levels=1")
-    model, loss_fn = HJEPAModel(config), HierarchicalLoss(config)
-    images, context, targets = masked_batch(config)
-    loss, levels = loss_fn(*model(images, context, targets))
-
-    predictor = model.predictor
-    h = F.layer_norm(model.target_encoder(images), (32,))
-    z = predictor.embed(model.context_encoder(images, context)) + predictor.positions_0[context]
-    losses = []
-    for block in range(3):
-        cells = targets[0][:, block]
-        x = torch.cat([z, predictor.mask_tokens[0] + predictor.positions_0[cells]], 1)
-        for layer in predictor.blocks:
-            x = layer(x)
-        prediction = predictor.heads[0](predictor.norm(x[:, context.shape[1] :]))
-        target = h.gather(1, cells.unsqueeze(-1).expand(-1, -1, 32))
-        losses.append(F.smooth_l1_loss(prediction, target))
-    torch.testing.assert_close(loss, torch.stack(losses).mean())
-    torch.testing.assert_close(levels, loss.detach()[None])
+def test_update_target__after_a_skipped_step_changes_no_bit() -> None:
+    model = randomized(HJEPAModel(tiny()))
+    before = copy.deepcopy(model.target_encoder)
+    model.context_encoder.positions += 1.0
+    model.update_target(0.9, torch.tensor(0.0))
+    for old, new in zip(before.parameters(), model.target_encoder.parameters(), strict=True):
+        assert torch.equal(old, new)
+    assert torch.equal(before.positions, model.target_encoder.positions)
 
 
-def test_loss__weights_levels_and_divides_by_their_sum() -> None:
-    config = tiny("loss.level_weights=[1.0, 0.5, 0.0]")
-    predictions = [torch.zeros(2, 3, n, 4) for n in (16, 4, 1)]
-    targets = [torch.full_like(p, value) for p, value in zip(predictions, (0.2, 0.4, 9.0), strict=True)]
-    loss, levels = HierarchicalLoss(config)(predictions, targets)
-    torch.testing.assert_close(levels, torch.tensor([0.02, 0.08, 8.5]))
-    torch.testing.assert_close(loss, torch.tensor((0.02 + 0.5 * 0.08) / 1.5))
+# -- the block -------------------------------------------------------------------------------------------------------
 
 
-def test_block__last_tokens_equal_the_tail_of_the_full_pass() -> None:
-    block = Block(32, 4, 4.0)
-    x = torch.randn(3, 10, 32)
-    torch.testing.assert_close(block.last_tokens(x, 6), block(x)[:, 6:], atol=1e-6, rtol=1e-5)
+@pytest.fixture
+def block() -> Block:
+    torch.manual_seed(0)
+    return Block(32, 4, 4.0)
 
 
-def test_gradients__reach_every_trained_parameter_and_no_target() -> None:
-    config = tiny()
+def test_block__wanted_tokens_equal_those_of_the_full_pass(block: Block) -> None:
+    x, wanted = torch.randn(3, 10, 32), torch.tensor([[9, 0], [4, 5], [1, 8]])
+    torch.testing.assert_close(block(x, wanted=wanted), gather_tokens(block(x), wanted), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(block(x, start=6), block(x)[:, 6:], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_block__sequences_from_a_table_equal_those_written_out(block: Block, start: int) -> None:
+    x, table, index = torch.randn(2, 5, 32), torch.randn(7, 32), torch.randint(0, 7, (2, 3, 4))
+    written = torch.cat([x.repeat_interleave(3, 0), table[index].flatten(0, 1)], 1)
+    torch.testing.assert_close(
+        block(x, table=table, index=index, start=start), block(written)[:, start:], atol=1e-6, rtol=1e-5
+    )
+
+
+def test_attention__in_bfloat16_is_that_of_float32_rounded() -> None:
+    torch.manual_seed(0)
+    attention, x = Attention(32, 4), torch.randn(2, 9, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, part = attention(x), attention(x, x[:, 2:4])
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), attention(x), atol=0.02, rtol=0.02)
+    torch.testing.assert_close(part.float(), attention(x)[:, 2:4], atol=0.02, rtol=0.02)
+
+
+# -- the whole -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting", ["loss.regularizer.name=none", "loss.regularizer.name=sigreg", "model.depth=1"])
+def test_gradients__reach_every_trained_parameter_and_no_target(setting: str) -> None:
+    config = tiny(setting, "model.predictor.depth=1" if "depth" in setting else "seed=0")
     model, loss_fn = HJEPAModel(config), HierarchicalLoss(config)
     loss, _ = loss_fn(*model(*masked_batch(config)))
     loss.backward()
@@ -159,6 +219,64 @@ def test_gradients__reach_every_trained_parameter_and_no_target() -> None:
         else:
             assert parameter.grad is not None, name
             assert parameter.grad.abs().sum() > 0, name
+
+
+def test_embeddings__are_projected_means_of_a_levels_predictions() -> None:
+    config = tiny("loss.regularizer.name=vicreg", "loss.regularizer.projector_dim=5")
+    model = HJEPAModel(config)
+    out = model(*masked_batch(config))
+    assert [vectors.shape for vectors in out.embeddings] == [(8, 5)] * 3
+    torch.testing.assert_close(out.embeddings[1], model.projectors[1](out.predictions[1].flatten(1, 2).mean(1)))
+    assert HJEPAModel(tiny())(*masked_batch(tiny())).embeddings == []
+
+
+def test_forward__in_bfloat16_keeps_targets_and_residuals_in_float32() -> None:
+    config = tiny("loss.regularizer.name=vicreg")
+    model = randomized(HJEPAModel(config))
+    images, masks = masked_batch(config)
+    exact = model(images, masks)
+    residuals = []
+    model.context_encoder.blocks[0].register_forward_hook(lambda _, __, y: residuals.append(y.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(images, masks)
+    assert residuals == [torch.float32]
+    for level in range(3):
+        assert out.targets[level].dtype == torch.float32
+        assert F.mse_loss(out.targets[level], exact.targets[level]) < 1e-3
+        assert F.mse_loss(out.predictions[level].float(), exact.predictions[level]) < 1e-3
+
+
+@pytest.mark.slow
+def test_compile_blocks__makes_one_graph_per_kind_of_call_and_changes_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, backend=count, **options))
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.reset()
+    config = tiny("model.num_levels=1", "model.depth=4", "model.predictor.depth=4")
+    model = HJEPAModel(config)
+    names = list(model.state_dict())
+    images, masks = masked_batch(config)
+    expected = model(images, masks)
+    try:
+        model.compile_blocks()
+        out = model(images, masks)
+        # context; target and its last block; the predictor's first, middle and last block
+        assert len(graphs) == 6
+        short = masks._replace(context=masks.context[:, :-5])
+        model(images, short)
+        assert len(graphs) == 6
+    finally:
+        torch._dynamo.config.recompile_limit = limit
+        torch._dynamo.reset()
+    assert list(model.state_dict()) == names
+    for a, b in zip(out.predictions, expected.predictions, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def test_encoder__levels_are_cells_of_their_grid_and_all_holds_the_mean_once() -> None:

@@ -1,3 +1,5 @@
 from hjepa.losses.hierarchical import HierarchicalLoss
+from hjepa.losses.sigreg import sigreg
+from hjepa.losses.vicreg import vicreg
 
-__all__ = ["HierarchicalLoss"]
+__all__ = ["HierarchicalLoss", "sigreg", "vicreg"]

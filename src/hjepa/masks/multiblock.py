@@ -18,43 +18,68 @@ from hjepa.errors import UserError
 
 Indices = NDArray[np.int64]
 TRIES = 16
+UNION_MULTIPLE = 8  # patches: a matrix product likes whole tiles, and a compiled model few shapes
 KEPT_SHARE = 0.75  # of the mean visible cells; a sample with fewer is drawn again, for the whole batch is cut to it
 
 
 class Masks(NamedTuple):
-    """context: (B, n) patches; targets: per level l, (B, M, m_l) cells of that level's grid, raster order."""
+    """What every image of a batch of B shows and hides. N patches per image, M target blocks, int64."""
 
-    context: Indices
-    targets: list[Indices]
+    context: Indices  # (B, n) visible patches
+    targets: list[Indices]  # per level l, (B, M, m_l) masked cells of that level's grid, a block's in raster order
+    union: Indices  # (B, U) every patch of a target block, filled up with other patches; none twice, ascending
+    place: Indices  # (B, M, m_0) where in ``union`` the patches of ``targets[0]`` stand
+    rows: int  # height of a target block in cells of the coarsest level
+
+    def take(self, images: slice | Indices) -> Masks:
+        """The masks of some of the images."""
+        targets = [cells[images] for cells in self.targets]
+        return Masks(self.context[images], targets, self.union[images], self.place[images], self.rows)
 
 
-def uniform(key: int, *counters: Indices) -> NDArray[np.float64]:
-    """Uniform numbers in [0, 1) for the broadcast counters: SplitMix64 (Steele et al. 2014) used as a hash."""
+def _hash(key: int, *counters: Indices) -> NDArray[np.uint64]:
+    """64 random bits for the broadcast counters: SplitMix64 (Steele et al. 2014) used as a hash."""
     state: NDArray[np.uint64] = np.array(key, np.uint64)
     with np.errstate(over="ignore"):
         for counter in counters:
             state = _mix(state ^ (counter.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)))
-    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return state
+
+
+def uniform(key: int, *counters: Indices) -> NDArray[np.float64]:
+    """Uniform numbers in [0, 1) for the broadcast counters."""
+    return (_hash(key, *counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _array(number: int) -> Indices:
     return np.array([number], np.int64)
 
 
+def _columns(chosen: NDArray[np.bool_]) -> Indices:
+    """Where each row of (B, N) is true, ascending: (B, k) if every row is true k times."""
+    b, n = chosen.shape
+    columns: Indices = np.flatnonzero(chosen).reshape(b, -1) - n * np.arange(b)[:, None]
+    return columns
+
+
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
 
 
 class MultiBlockMasking:
     """M target blocks of one size per batch and one context block minus the targets.
 
     Scale and aspect are drawn independently; a block may touch every edge, so every patch can be context and target.
-    All images of a step keep the same number of context patches: the smallest count of the global batch, as a random
-    subset of cells, never the raster's top. So that one unlucky image does not blind thousands, images with much less
-    context than the mean are drawn again.
+    All images of a step keep the same number of context patches: the smallest count of the global batch, cut down to a
+    multiple of ``masking.context_multiple`` and of a coarse cell's patches, as a random subset of coarse cells, never
+    the raster's top. So that one unlucky image does not blind thousands, images with much less context than the mean
+    are drawn again.
     """
 
     def __init__(self, config: Config):
@@ -66,7 +91,10 @@ class MultiBlockMasking:
         self.num_targets = masking.num_targets
         self.target_scale, self.target_aspect = masking.target_scale, masking.target_aspect
         self.context_scale = masking.context_scale
-        self.min_cells = math.ceil(masking.min_context / self.cell**2)
+        # Every image keeps so many cells that cutting to the multiple never goes below min_context.
+        patches = math.lcm(masking.context_multiple, self.cell**2)
+        self.multiple = patches // self.cell**2  # of visible coarse cells
+        self.min_cells = math.ceil(masking.min_context / patches) * self.multiple
         self.seed = config.seed
         self._floors: dict[tuple[int, int, int], int] = {}
         largest = max(
@@ -76,9 +104,12 @@ class MultiBlockMasking:
             for h, w in [self._block(scale, aspect)]
         )
         if self.coarse**2 - largest < self.min_cells:
+            needed = f"masking.min_context={masking.min_context}"
+            if patches > self.cell**2:
+                needed += f" (in multiples of {patches}, from masking.context_multiple={masking.context_multiple})"
             raise UserError(
                 f"masking.target_scale up to {self.target_scale[1]:g} hides {largest} of {self.coarse**2} cells of the "
-                f"coarsest level and leaves fewer than masking.min_context={masking.min_context} visible patches; "
+                f"coarsest level and leaves fewer than {needed} visible patches; "
                 "lower one of them, or use fewer levels"
             )
 
@@ -88,12 +119,13 @@ class MultiBlockMasking:
         side = [round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))]
         return min(max(side[0], 1), self.coarse), min(max(side[1], 1), self.coarse)
 
-    def __call__(self, *, step: int, epoch: int, samples: Indices) -> Masks:
+    def __call__(self, *, step: int, epochs: int | Indices, samples: Indices) -> Masks:
         """Masks for the global batch of a step.
 
         Args:
             step: optimiser step; with the seed it decides the block sizes that the batch shares.
-            epoch: with the seed and the sample it decides where the blocks lie.
+            epochs: with the seed and the sample it decides where a sample's blocks lie: one for all, or (B,), for a
+                batch may hold the end of one epoch and the start of the next.
             samples: (B,) indices of the samples of the *global* batch, so that ranks and micro-batches agree.
         """
         low_high = np.array([self.target_scale, self.target_aspect, self.context_scale])
@@ -102,17 +134,40 @@ class MultiBlockMasking:
         height, width = self._block(scale, aspect)
         side = self._block(context_scale, 1.0)[0]
 
-        visible, top, left = self._place(epoch, samples, height, width, side)
-        keep = int(visible.sum(1).min())
-        priority = uniform(self.seed ^ 0x5EED, samples[:, None], _array(epoch), np.arange(self.coarse**2))
-        cells = np.sort(np.argsort(np.where(visible, priority, 2.0), axis=1)[:, :keep], axis=1)
-        return Masks(
-            context=self._patches(cells),
-            targets=[self._cells(top, left, height, width, level) for level in range(self.num_levels)],
-        )
+        epochs = np.broadcast_to(np.asarray(epochs, np.int64), samples.shape)
+        visible, top, left = self._place(epochs, samples, height, width, side)
+        targets = [self._cells(top, left, height, width, level) for level in range(self.num_levels)]
+        union, place = self._union(targets[0])
+        context = self._patches(self._keep(visible, epochs, samples))
+        return Masks(context, targets, union, place, height)
+
+    def _keep(self, visible: NDArray[np.bool_], epochs: Indices, samples: Indices) -> Indices:
+        """Coarse cells (B, k), ascending: of each image's visible ones as many as all of them have."""
+        count = int(visible.sum(1).min()) // self.multiple * self.multiple
+        cells = np.arange(visible.shape[1])
+        priority = _hash(self.seed ^ 0x5EED, samples[:, None], epochs[:, None], cells)
+        priority = (priority & ~np.uint64(0xFFFFF)) | cells.astype(np.uint64)  # no ties: exactly `count` are kept
+        priority[~visible] = np.iinfo(np.uint64).max
+        limit = np.partition(priority, count - 1, axis=1)[:, count - 1 : count]
+        return _columns(priority <= limit)
+
+    def _union(self, targets: Indices) -> tuple[Indices, Indices]:
+        """``Masks.union`` and ``Masks.place`` for patches (B, M, m_0)."""
+        b, n = len(targets), self.grid**2
+        image = np.arange(b)[:, None]
+        flat = targets.reshape(b, -1) + n * image
+        chosen = np.zeros((b, n), bool)
+        chosen.ravel()[flat] = True
+        count = chosen.sum(1, keepdims=True)
+        size = min(-(-int(count.max()) // UNION_MULTIPLE) * UNION_MULTIPLE, n)
+        chosen |= np.cumsum(~chosen, axis=1, dtype=np.int32) <= size - count
+        union = _columns(chosen)
+        place = np.empty(b * n, np.int64)
+        place[union + n * image] = np.arange(size)
+        return union, place[flat].reshape(targets.shape)
 
     def _place(
-        self, epoch: int, samples: Indices, height: int, width: int, side: int
+        self, epochs: Indices, samples: Indices, height: int, width: int, side: int
     ) -> tuple[NDArray[np.bool_], Indices, Indices]:
         """Visible coarse cells (B, coarse^2) and the corners (B, M) of the target blocks.
 
@@ -124,7 +179,7 @@ class MultiBlockMasking:
         visible = np.empty((b, self.coarse**2), bool)
         todo = np.arange(b)
         for attempt in range(TRIES):
-            visible[todo], top[todo], left[todo] = self._draw(epoch, samples[todo], attempt, height, width, side)
+            visible[todo], top[todo], left[todo] = self._draw(epochs[todo], samples[todo], attempt, height, width, side)
             enough = self._floor(height, width, side) if attempt < TRIES // 2 else self.min_cells
             todo = todo[visible[todo].sum(1) < enough]
             if not len(todo):
@@ -134,11 +189,11 @@ class MultiBlockMasking:
         return visible, top, left
 
     def _draw(
-        self, epoch: int, samples: Indices, attempt: int, height: int, width: int, side: int
+        self, epochs: Indices, samples: Indices, attempt: int, height: int, width: int, side: int
     ) -> tuple[NDArray[np.bool_], Indices, Indices]:
         """One try: visible coarse cells (B, coarse^2) and the corners (B, M) of the target blocks."""
         m, g = self.num_targets, self.coarse
-        draw = uniform(self.seed, samples[:, None], _array(epoch), _array(attempt), np.arange(2 * m + 2))
+        draw = uniform(self.seed, samples[:, None], epochs[:, None], _array(attempt), np.arange(2 * m + 2))
         top = (draw[:, :m] * (g - height + 1)).astype(np.int64)
         left = (draw[:, m : 2 * m] * (g - width + 1)).astype(np.int64)
         corner = (draw[:, 2 * m :] * (g - side + 1)).astype(np.int64)
@@ -147,14 +202,15 @@ class MultiBlockMasking:
 
     def _inside(self, top: Indices, left: Indices, height: int, width: int) -> NDArray[np.bool_]:
         """Which coarse cells (..., coarse^2) lie in blocks with these corners (...)."""
-        row, column = np.divmod(np.arange(self.coarse**2), self.coarse)
-        top, left = top[..., None], left[..., None]
-        return (row >= top) & (row < top + height) & (column >= left) & (column < left + width)
+        line = np.arange(self.coarse)
+        rows = (line >= top[..., None]) & (line < top[..., None] + height)
+        columns = (line >= left[..., None]) & (line < left[..., None] + width)
+        return (rows[..., :, None] & columns[..., None, :]).reshape(*top.shape, -1)
 
     def _floor(self, height: int, width: int, side: int) -> int:
         """Visible cells below which a sample is drawn again: a function of the block sizes, not of the batch."""
         if (height, width, side) not in self._floors:
-            visible, _, _ = self._draw(0, np.arange(512), TRIES, height, width, side)
+            visible, _, _ = self._draw(np.zeros(512, np.int64), np.arange(512), TRIES, height, width, side)
             floor = math.floor(KEPT_SHARE * float(visible.sum(1).mean()))
             self._floors[height, width, side] = max(floor, self.min_cells)
         return self._floors[height, width, side]

@@ -1,5 +1,5 @@
 from hjepa.models.encoder import HierarchicalEncoder
-from hjepa.models.hjepa import Forward, HJEPAModel, build_encoder, merge_cells
+from hjepa.models.hjepa import Forward, HJEPAModel, MaskTensors, build_encoder, merge_cells
 from hjepa.models.predictor import Predictor
 from hjepa.models.vit import VisionTransformer
 
@@ -7,6 +7,7 @@ __all__ = [
     "Forward",
     "HJEPAModel",
     "HierarchicalEncoder",
+    "MaskTensors",
     "Predictor",
     "VisionTransformer",
     "build_encoder",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hjepa.models.vit import Block, grid_coordinates, sincos_positions
+from hjepa.models.vit import Block, compile_each, grid_coordinates, sincos_positions
 
 
 class Predictor(nn.Module):
@@ -41,6 +41,9 @@ class Predictor(nn.Module):
             positions = sincos_positions(grid_coordinates(grid, 2**level), embed_dim)
             self.register_buffer(f"positions_{level}", positions, persistent=False)
 
+    def compile_blocks(self) -> None:
+        compile_each(self.blocks)
+
     def forward(self, context: Tensor, context_index: Tensor, targets: Sequence[Tensor]) -> list[Tensor]:
         """Predict every target cell.
 
@@ -54,18 +57,21 @@ class Predictor(nn.Module):
         """
         b, blocks, _ = targets[0].shape
         n = context.shape[1]
-        tokens = self.embed(context) + self.get_buffer("positions_0")[context_index]  # (B, n, d)
-        queries = torch.cat(
-            [
-                self.mask_tokens[level] + self.get_buffer(f"positions_{level}")[cells]
-                for level, cells in enumerate(targets)
-            ],
-            dim=2,
-        )  # (B, M, sum m_l, d)
-        tokens = tokens.unsqueeze(1).expand(-1, blocks, -1, -1)
-        x = torch.cat([tokens, queries.to(tokens.dtype)], dim=2).flatten(0, 1)  # (B*M, n + sum m_l, d)
-        for block in self.blocks[:-1]:
-            x = block(x)
-        x = self.norm(self.blocks[-1].last_tokens(x, n)).unflatten(0, (b, blocks))  # type: ignore[operator]
+        x = self.embed(context) + self.get_buffer("positions_0")[context_index]  # (B, n, d)
+        table, index = self._queries(targets)
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            start = n if i == last else 0  # after the last block only the queries are read
+            x = block(x, start=start, table=table, index=index) if i == 0 else block(x, start=start)
+        x = self.norm(x).unflatten(0, (b, blocks))  # (B, M, sum m_l, d)
         parts = x.split([cells.shape[2] for cells in targets], dim=2)
         return [head(part) for head, part in zip(self.heads, parts, strict=True)]
+
+    def _queries(self, targets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The queries that exist, one per cell and level (sum N_l, d), and which are asked (B, M, sum m_l)."""
+        table = [mask_token + self.get_buffer(f"positions_{i}") for i, mask_token in enumerate(self.mask_tokens)]
+        index, first = [], 0
+        for cells, rows in zip(targets, table, strict=True):
+            index.append(cells + first if first else cells)
+            first += len(rows)
+        return torch.cat(table), torch.cat(index, 2)
