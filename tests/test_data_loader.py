@@ -1,21 +1,27 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
 
-from hjepa.config import DataConfig
+from hjepa.config import DataConfig, validate
 from hjepa.data.datasets import open_source
-from hjepa.data.loader import EvalLoader, ShardDataset, TrainLoader, global_batch, order
+from hjepa.data.loader import EvalLoader, ShardDataset, TrainLoader, _tensors, global_batch, order
 from hjepa.data.prepare import prepare
 from hjepa.data.sources import ArraySplit, Source
-from hjepa.data.transforms import eval_view
+from hjepa.data.transforms import eval_view, normalize
 from hjepa.errors import HjepaError, UserError
+from hjepa.masks import MultiBlockMasking
 
 SAMPLES = 37
 PLAIN: dict[str, Any] = {"crop_scale": (1.0, 1.0), "horizontal_flip": False}
@@ -170,6 +176,176 @@ def test_loader__batch_that_does_not_divide_into_ranks_is_refused(grey: ShardDat
         loader(grey, world_size=3)
 
 
+# -- masks -----------------------------------------------------------------------------------------------------------
+
+
+class Asked(NamedTuple):
+    """What a masking function was asked for, in the form of masks."""
+
+    context: np.ndarray[Any, Any]  # (B, 2) sample and epoch
+    targets: list[np.ndarray[Any, Any]]  # (B, 1) and (B, 3)
+    rows: int
+
+    def take(self, which: slice) -> Asked:
+        return Asked(self.context[which], [cells[which] for cells in self.targets], self.rows)
+
+
+def asked(*, step: int, epochs: np.ndarray[Any, Any], samples: np.ndarray[Any, Any]) -> Asked:
+    return Asked(np.stack([samples, epochs], axis=1), [samples[:, None] * 7, np.tile(epochs[:, None], (1, 3))], step)
+
+
+def test_masks__batch_over_two_epochs_has_an_epoch_per_sample(grey: ShardDataset) -> None:
+    batch = next(loader(grey).batches(4, 5, asked))  # images 32 to 39 of epochs of 37
+    assert batch.epoch == 0
+    assert batch.masks.context[:, 1].tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
+    assert batch.masks.context[5:, 0].tolist() == order(3, 1, SAMPLES)[:3].tolist()
+    np.testing.assert_array_equal(batch.global_epochs, batch.epochs)
+    assert next(loader(grey).batches(4, 5)).masks is None
+
+
+@pytest.mark.parametrize("kind", ["grey", "photos"])
+def test_masks__workers_make_what_one_process_makes(kind: str, request: pytest.FixtureRequest) -> None:
+    dataset = request.getfixturevalue(kind)
+    alone = loader(dataset, **RANDOM).batches(0, 12, asked)
+    workers = loader(dataset, **RANDOM, num_workers=2).batches(0, 12, asked)
+    for ours, theirs in zip(workers, alone, strict=True):
+        assert torch.equal(ours.images, theirs.images)
+        assert type(ours.masks) is Asked
+        assert ours.masks.rows == theirs.masks.rows == ours.step
+        for a, b in zip(flat(ours.masks), flat(theirs.masks), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_masks__ranks_together_have_those_of_the_global_batch(photos: ShardDataset, workers: int) -> None:
+    whole = loader(photos).batches(0, 10, asked)
+    ranks = [loader(photos, rank=r, world_size=2, num_workers=workers).batches(0, 10, asked) for r in range(2)]
+    for batch, *shares in zip(whole, *ranks, strict=True):
+        assert torch.equal(batch.images, torch.cat([share.images for share in shares]))
+        for share in shares:
+            np.testing.assert_array_equal(share.global_epochs, batch.epochs)
+            assert share.masks.context[:, 0].tolist() == share.samples.tolist()
+        parts = zip(*(flat(share.masks) for share in shares), strict=True)
+        for ours, part in zip(flat(batch.masks), parts, strict=True):
+            assert torch.equal(ours, torch.cat(part))
+
+
+def flat(masks: Asked) -> list[torch.Tensor]:
+    return [masks.context, *masks.targets]  # type: ignore[list-item]  # tensors by now
+
+
+@pytest.mark.filterwarnings("error:The given NumPy array is not writable")
+def test_masks__of_the_real_masking_function(photos: ShardDataset) -> None:
+    config = validate({"data": {"image_size": 32}, "model": {"patch_size": 4}, "seed": 3})
+    masking = MultiBlockMasking(config)
+    batches = loader(photos, image_size=32, num_workers=1, rank=1, world_size=2).batches(3, 6, masking)
+    for batch in batches:
+        whole = masking(step=batch.step, epochs=batch.global_epochs, samples=batch.global_samples)
+        assert torch.equal(batch.masks.context, torch.from_numpy(whole.context[4:]))
+        for ours, theirs in zip(batch.masks.targets, whole.targets, strict=True):
+            assert torch.equal(ours, torch.from_numpy(theirs[4:]))
+
+
+@dataclass(frozen=True)
+class Nested:
+    inner: Asked
+    pair: tuple[np.ndarray[Any, Any], str]
+
+
+def test_masks__any_structure_of_arrays_becomes_tensors() -> None:
+    array = np.arange(6).reshape(3, 2)
+    found = _tensors(Nested(Asked(array, [array, array + 1], 4), (array, "x")), pin=False)
+    assert type(found.inner) is Asked
+    assert torch.equal(found.inner.targets[1], torch.from_numpy(array + 1))
+    assert found.inner.rows == 4
+    assert torch.equal(found.pair[0], torch.from_numpy(array))
+    assert found.pair[1] == "x"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a GPU")
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["grey", "photos"])
+def test_masks__are_pinned_beside_a_gpu(kind: str, workers: int, request: pytest.FixtureRequest) -> None:
+    dataset = request.getfixturevalue(kind)
+    plain = loader(dataset).batches(0, 5, asked)
+    pinned = loader(dataset, num_workers=workers, pin_memory=True).batches(0, 5, asked)
+    for ours, theirs in zip(pinned, plain, strict=True):
+        assert ours.images.is_pinned()
+        assert torch.equal(ours.images, theirs.images)
+        for a, b in zip(flat(ours.masks), flat(theirs.masks), strict=True):
+            assert a.is_pinned()
+            assert torch.equal(a, b)
+
+
+# -- what the trainer relies on --------------------------------------------------------------------------------------
+
+
+def test_normalize__gives_the_numbers_of_the_exported_model(photos: ShardDataset) -> None:
+    train = loader(photos)
+    images = next(train.batches(0, 1)).images
+    for _ in range(2):
+        assert torch.equal(train.normalize(images), normalize(images, **photos.statistics))
+
+
+def test_batches__without_shuffling_follow_the_split(photos: ShardDataset) -> None:
+    batches = list(loader(photos, shuffle=False, rank=1, world_size=2).batches(0, SAMPLES // 8))
+    assert np.concatenate([batch.global_samples for batch in batches]).tolist() == list(range(SAMPLES // 8 * 8))
+    assert batches[1].samples.tolist() == [12, 13, 14, 15]
+
+
+SIGNALLED = """
+import os, signal, sys, time
+from pathlib import Path
+from typing import NamedTuple
+import numpy as np
+from hjepa.config import DataConfig
+from hjepa.data.loader import ShardDataset, TrainLoader
+from hjepa.data.prepare import prepare
+from hjepa.data.sources import ArraySplit, Source
+
+images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+folder = Path(sys.argv[1])
+manifest = prepare(Source("grey", "", {"train": ArraySplit(images, None)}), DataConfig(channels=1), folder).manifest
+loader = TrainLoader(
+    ShardDataset(manifest, "train", folder.joinpath), batch_size=8, seed=0, image_size=8, channels=1,
+    crop_scale=(0.5, 1.0), horizontal_flip=False, num_workers=2,
+)
+noted = []
+signal.signal(signal.SIGTERM, lambda *_: noted.append(1))
+for batch in loader.batches(0, 20):
+    if batch.step == 1:
+        os.killpg(0, signal.SIGTERM)
+print(batch.step, noted, flush=True)
+
+class Large(NamedTuple):
+    context: np.ndarray
+    def take(self, which):
+        return self
+
+batches = loader.batches(0, 1000, lambda **_: Large(np.zeros(1_000_000)))
+next(batches)
+print("going", flush=True)
+time.sleep(600)
+"""
+
+
+def test_workers__outlive_a_signal_to_the_group_but_not_a_killed_parent(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SIGNALLED, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "19 [1]\n"
+            assert process.stdout.readline() == "going\n"
+            workers = psutil.Process(process.pid).children()
+        finally:
+            process.kill()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 10
+    while any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 # -- data set --------------------------------------------------------------------------------------------------------
 
 
@@ -191,7 +367,7 @@ def test_dataset__damaged_bytes_are_never_trained_on(tmp_path: Path, workers: in
     content = bytearray(shard.read_bytes())
     content[10 * 1024 + 600] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(HjepaError, match=r"damaged in .*train-000000\.tar"):
+    with pytest.raises(HjepaError, match=r"^sample \d+ of the train split is damaged in .*train-000000\.tar"):
         list(loader(dataset, num_workers=workers).batches(0, 3))
     shard.write_bytes(content[:2000])
     with pytest.raises(HjepaError, match="damaged"):

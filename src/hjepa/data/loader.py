@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +27,6 @@ from hjepa.data.transforms import (
     eval_view,
     flips,
     is_random,
-    normalize,
     to_channels,
     train_view,
     view_rng,
@@ -36,8 +38,15 @@ Fetch = Callable[[str], Path]
 
 MEMORY_BUDGET_BYTES = 256_000_000  # decoded sets up to this size are held in memory
 PREFETCHED_BATCHES = 2
+PR_SET_PDEATHSIG = 1
 
 T = TypeVar("T")
+
+
+class MaskingFn(Protocol):
+    """Masks of a whole global batch; its result has ``take(slice)``, the same for some of the images."""
+
+    def __call__(self, *, step: int, epochs: NDArray[np.int64], samples: NDArray[np.int64]) -> Any: ...
 
 
 class ShardDataset:
@@ -55,7 +64,7 @@ class ShardDataset:
             raise UserError(
                 f"the data set {manifest['name']} has no {split} split, only {', '.join(manifest['splits'])}"
             )
-        self.split, self.fetch = split, fetch
+        self.manifest, self.split, self.fetch = manifest, split, fetch
         self.channels: int = manifest["channels"]
         self.statistics: Mapping[str, list[float]] = manifest["statistics"]
         self.shape: tuple[int, int] | None = tuple(section["shape"]) if section["shape"] else None
@@ -137,13 +146,17 @@ def _cached_order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
     return permutation
 
 
-def global_batch(step: int, *, batch_size: int, seed: int, n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def global_batch(
+    step: int, *, batch_size: int, seed: int, n: int, shuffle: bool = True
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(samples, epochs), each (B,), of one optimiser step over all ranks.
 
     Epochs follow one another without a gap, so a batch may hold the end of one and the start of the next.
     """
     positions = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
     epochs, within = np.divmod(positions, n)
+    if not shuffle:
+        return within, epochs
     samples = np.empty(batch_size, dtype=np.int64)
     for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
         here = epochs == epoch
@@ -162,10 +175,32 @@ class Batch:
     samples: NDArray[np.int64]  # (b,) this rank's samples
     epochs: NDArray[np.int64]  # (b,) the epoch that each of them belongs to
     global_samples: NDArray[np.int64]  # (B,) all ranks' samples, in rank order
+    global_epochs: NDArray[np.int64]  # (B,) likewise
     images: Tensor  # uint8 (b, C, S, S)
+    masks: Any = None  # this rank's part of what the masking function made, with tensors where it had arrays
 
     def pin_memory(self) -> Batch:
-        return replace(self, images=self.images.pin_memory())
+        return replace(self, images=self.images.pin_memory(), masks=_tensors(self.masks, pin=True))
+
+    def with_tensors(self) -> Batch:
+        """Masks cross from a worker as NumPy: one message, where every tensor would cost a file descriptor."""
+        return self if self.masks is None else replace(self, masks=_tensors(self.masks, pin=False))
+
+
+def _tensors(value: Any, *, pin: bool) -> Any:
+    """The same structure of tuples, lists and dataclasses, with a tensor in place of every array."""
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    if isinstance(value, Tensor):
+        return value.pin_memory() if pin else value
+    if isinstance(value, list):
+        return [_tensors(item, pin=pin) for item in value]
+    if isinstance(value, tuple):
+        items = [_tensors(item, pin=pin) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: _tensors(getattr(value, field.name), pin=pin) for field in fields(value)})
+    return value
 
 
 class TrainLoader:
@@ -175,9 +210,10 @@ class TrainLoader:
 
     Args:
         batch_size: Global, over all ranks.
-        num_workers: Decoding processes; 0 decodes in one background thread, as do sets that fit into memory and
-            whose views are not cropped.
-        pin_memory: Put images into page-locked memory, for asynchronous copies to a GPU.
+        num_workers: Processes that decode and make masks; 0 does so in one background thread. Sets that fit into
+            memory and whose views are not cropped need them only where masks are to be made beside a GPU.
+        pin_memory: Put images and masks into page-locked memory, for asynchronous copies to a GPU.
+        shuffle: False visits the split in its own order, as validation does.
 
     Raises:
         UserError: if the split is empty or the batch does not divide into ranks.
@@ -197,6 +233,7 @@ class TrainLoader:
         rank: int = 0,
         world_size: int = 1,
         pin_memory: bool = False,
+        shuffle: bool = True,
     ):
         if len(dataset) == 0:
             raise UserError(f"the {dataset.split} split holds no image")
@@ -211,35 +248,52 @@ class TrainLoader:
         self.image_size, self.channels = image_size, channels
         self.crop_scale, self.horizontal_flip = crop_scale, horizontal_flip
         self.rank, self.world_size = rank, world_size
-        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.num_workers, self.pin_memory, self.shuffle = num_workers, pin_memory, shuffle
+        self._scales: dict[torch.device, tuple[Tensor, Tensor]] = {}
         images = dataset.in_memory()
         self._decoded = None if images is None else to_channels(torch.from_numpy(images), channels)
         self._uncropped: Tensor | None = None
         if self._decoded is not None and tuple(crop_scale) == (1.0, 1.0):
             self._uncropped = eval_view(self._decoded, image_size)
-            self.num_workers = 0  # picking rows is cheaper than sending them between processes
 
     @property
     def num_samples(self) -> int:
         return len(self.dataset)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 views (B, C, S, S) -> float32 by the data set's own mean and deviation, on the device they are on."""
-        return normalize(images, **self.dataset.statistics)
+        """uint8 views (B, C, S, S) -> float32 by the data set's own mean and deviation, on the device they are on.
 
-    def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
-        """The batches of steps ``start_step`` to ``stop_step - 1``, made ahead of their use."""
-        steps = range(start_step, stop_step)
-        if self._uncropped is not None and not self.pin_memory:
-            # Picking rows takes microseconds; a second thread doing it would fight training for the cores.
-            yield from map(self.batch, steps)
-            return
-        yield from _produce(self.batch, steps, num_workers=self.num_workers, pin_memory=self.pin_memory)
+        The numbers of ``transforms.normalize``; mean and deviation are sent to a device once, for that waits for it.
+        """
+        scales = self._scales.get(images.device)
+        if scales is None:
+            mean, std = (
+                torch.tensor(self.dataset.statistics[name], dtype=torch.float32).mul_(255).view(-1, 1, 1)
+                for name in ("mean", "std")
+            )
+            scales = self._scales[images.device] = mean.to(images.device), std.to(images.device)
+        return images.float().sub_(scales[0]).div_(scales[1])
 
-    def batch(self, step: int) -> Batch:
-        samples, epochs = global_batch(step, batch_size=self.batch_size, seed=self.seed, n=len(self.dataset))
+    def batches(self, start_step: int, stop_step: int, masking_fn: MaskingFn | None = None) -> Iterator[Batch]:
+        """The batches of steps ``start_step`` to ``stop_step - 1``, made ahead of their use, each with its masks."""
+        steps, make = range(start_step, stop_step), partial(self.batch, masking_fn=masking_fn)
+        workers = self.num_workers
+        if self._uncropped is not None and not (self.pin_memory and masking_fn):
+            workers = 0  # picking rows is cheaper than sending them between processes
+            if not self.pin_memory:
+                # On a CPU a second thread would only fight training for the cores.
+                yield from (make(step).with_tensors() for step in steps)
+                return
+        made: Iterator[Batch] = _produce(make, steps, num_workers=workers, pin_memory=self.pin_memory)
+        yield from (batch.with_tensors() for batch in made)
+
+    def batch(self, step: int, masking_fn: MaskingFn | None = None) -> Batch:
+        samples, epochs = global_batch(
+            step, batch_size=self.batch_size, seed=self.seed, n=len(self.dataset), shuffle=self.shuffle
+        )
         share = self.batch_size // self.world_size
         mine = slice(self.rank * share, (self.rank + 1) * share)
+        masks = masking_fn(step=step, epochs=epochs, samples=samples).take(mine) if masking_fn else None
         return Batch(
             step=step,
             epoch=int(epochs[0]),
@@ -247,7 +301,9 @@ class TrainLoader:
             samples=samples[mine],
             epochs=epochs[mine],
             global_samples=samples,
+            global_epochs=epochs,
             images=self._views(samples[mine], epochs[mine]),
+            masks=masks,
         )
 
     def _views(self, samples: NDArray[np.int64], epochs: NDArray[np.int64]) -> Tensor:
@@ -333,7 +389,7 @@ def _produce(
     make: Callable[[int], Any], numbers: Sequence[int], *, num_workers: int, pin_memory: bool
 ) -> Iterator[Any]:
     if num_workers > 0 and len(numbers) > 0:
-        yield from DataLoader(
+        loader = DataLoader(
             _Numbered(make),
             batch_size=None,
             sampler=numbers,
@@ -343,7 +399,12 @@ def _produce(
             prefetch_factor=PREFETCHED_BATCHES,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # else every iterator would draw from the global generator
+            worker_init_fn=partial(_start_worker, parent=os.getpid()),
         )
+        for made in loader:
+            if isinstance(made, HjepaError):
+                raise made
+            yield made
     else:
         yield from _ahead((lambda number: make(number).pin_memory()) if pin_memory else make, numbers)
 
@@ -353,7 +414,21 @@ class _Numbered(Dataset[Any]):
         self.make = make
 
     def __getitem__(self, number: int) -> Any:
-        return self.make(number)
+        try:
+            return self.make(number)
+        except HjepaError as error:
+            return error  # raised in a worker, its message would arrive inside a traceback
+
+
+def _start_worker(worker: int, *, parent: int) -> None:
+    # SIGTERM or Ctrl-C for the whole group is for training to act on, which needs batches until its state is saved.
+    os.setpgid(0, 0)
+    if sys.platform == "linux":
+        # A worker that waits on a full pipe, which it holds open itself, would outlive a killed parent. The signal
+        # comes when the thread ends that asked for the first batch.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 def _identity(batch: T) -> T:
