@@ -20,7 +20,7 @@ INSTALLER ?= uv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup demo test test-slow lint compile clean
+.PHONY: help setup demo test test-slow lint bench bench-gpu compile clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1\t\2/p' Makefile | expand -t 17
@@ -42,6 +42,12 @@ lint: $(INSTALLED) ## Check style, types and import contracts.
 	"$(BIN)/ruff" format --check .
 	"$(BIN)/mypy"
 	"$(BIN)/lint-imports"
+
+bench: $(INSTALLED) ## Measure a training step, masks, checkpoints and logging on this CPU.
+	@for part in step checkpoint logging; do "$(BIN)/python" -m benchmarks.$$part $(ARGS); done
+
+bench-gpu: $(INSTALLED) ## Measure training steps on this machine's NVIDIA GPU.
+	@"$(BIN)/python" -m benchmarks.gpu $(ARGS)
 
 compile: $(INSTALLED) ## Compile the pipelines to pipelines/compiled.
 	@"$(BIN)/python" -m pipelines.pretrain

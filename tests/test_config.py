@@ -219,7 +219,7 @@ def test_mistake__is_named(text: str, said: str) -> None:
         (["model.ema.momentum_warmup_epochs=300"], ["training.epochs"], "momentum would stay flat"),
         (["model.ema.momentum_end=0.5"], ["model.ema.momentum"], "must not fall"),
         (["training.min_lr=0.1"], ["training.min_lr", "training.lr"], "above the largest"),
-        (["training.accumulation_steps=3"], ["training.batch_size"], "3 micro-batches"),
+        (["training.accumulation_steps=4096"], ["training.batch_size"], "no image for each of 4096 micro-batches"),
         (["loss.level_weights=[1]"], ["loss.level_weights", "model.num_levels"], "one weight per level"),
         (["loss.level_weights=[0, 0]"], ["loss.level_weights"], "a weight above 0"),
         (["masking.target_scale=[0.3, 0.2]"], ["masking.target_scale"], "expected (low, high)"),

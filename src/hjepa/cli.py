@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     steps: dict[str, tuple[Any, str]] = {
         "resolve-config": (resolve_config, "Validate a configuration, check what it needs, and create its MLflow run."),
         "prepare-data": (prepare_data, "Turn images into verified shards in S3."),
-        "train": (train, "Train, or go on from the newest checkpoint."),
+        "train": (train, "Train, or go on from the newest checkpoint; without --run alone on this machine."),
         "export": (export, "Export the chosen checkpoint to S3."),
         "evaluate": (evaluate, "Probe the exported encoder beside its baselines."),
         "register": (register, "Register the model and decide on the champion."),
@@ -96,6 +96,16 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "train":
             command.add_argument("--resume", default="auto", help="a checkpoint's path, or auto (the default)")
             command.add_argument("--device", help="cpu, cuda, cuda:1; the default is training.device")
+
+    command = add("plan", plan, "Show what a training run will cost and draw its schedules, without starting it.")
+    _add_settings(command)
+    command.add_argument("--images", type=int, help="images of the training split, where it is not known yet")
+    command.add_argument("--ranks", type=int, default=1, help="GPUs that share the batch (default: %(default)s)")
+    command.add_argument("--picture", type=Path, help="also draw schedules and mask audit to this PNG")
+
+    command = add("replay", replay, "Play a skipped step again and say where its numbers stopped being finite.")
+    command.add_argument("incident", type=Path, help="the folder that training named when it skipped the step")
+    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: %(default)s)")
 
     command = add("doctor", doctor, "Check S3, MLflow, disk, devices and the data source, without starting anything.")
     _add_config(command)
@@ -137,13 +147,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
+    _add_settings(command)
+    command.add_argument("--run", dest="run_name", metavar="NAME", help="name of the run; a used name goes on with it")
+
+
+def _add_settings(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--config", default="default", help=f"a file, or one of: {', '.join(packaged_configs())} (default: %(default)s)"
     )
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override, such as training.lr=3e-4; repeatable"
     )
-    command.add_argument("--run", dest="run_name", metavar="NAME", help="name of the run; a used name goes on with it")
 
 
 def _default_home() -> Path:
@@ -363,6 +377,14 @@ def prepare_data(options: argparse.Namespace) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
+    """One step of a run, if that run has its data; else training on its own, without S3, MLflow or a pipeline."""
+    config = load_config(options.config, options.set)
+    prepared = options.home / "runs" / run_name(options, config) / "dataset.json"
+    if options.run_name is None and not prepared.exists():
+        from hjepa.training import train_alone
+
+        train_alone(config, resume=options.resume, device=options.device)
+        return
     from hjepa import steps
 
     files = _files(options)
@@ -428,6 +450,21 @@ def doctor(options: argparse.Namespace) -> int:
         if not finding.ok and finding.remedy:
             say(f"      {finding.remedy}")
     return 0 if all(finding.ok for finding in findings) else UserError.exit_code
+
+
+def plan(options: argparse.Namespace) -> None:
+    from hjepa import plan as planning
+
+    config = load_config(options.config, options.set)
+    found = planning.plan(config, num_samples=options.images, world_size=options.ranks, picture=options.picture)
+    say(planning.render(found))
+
+
+def replay(options: argparse.Namespace) -> None:
+    from hjepa.trainers.incidents import replay as play_again
+
+    for line in play_again(options.incident, options.device):
+        say(line)
 
 
 def show_config(options: argparse.Namespace) -> None:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import signal
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
-from hjepa.errors import UserError
+from hjepa.errors import HjepaError, UserError
+
+# How long a rank waits for the others before it gives up. A dead rank is noticed at once, by the launcher; this is for
+# one that hangs, and has to cover what one rank does alone, such as reading a checkpoint.
+TIMEOUT = timedelta(minutes=10)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,15 +48,81 @@ class World:
         return slice(self.rank * global_batch // self.size, (self.rank + 1) * global_batch // self.size)
 
 
+_rounds = itertools.count()  # how often this process has joined
+
+
 def init(world: World, device: torch.device) -> None:
-    """Join the process group; a single process needs none."""
-    if world.size > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    """Join the process group; a single process needs none.
+
+    CPU tensors always go through gloo, so that ranks can agree on something without waiting for their GPUs.
+    """
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)  # threads of libraries take the current device, not ours
+    if world.size == 1 or torch.distributed.is_initialized():
+        return
+    # torchrun's store outlives a group. Under the same names a second group would find the addresses of the first.
+    store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
+    store = PrefixStore(f"hjepa-{next(_rounds)}", store)
+    torch.distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=store,
+        rank=world.rank,
+        world_size=world.size,
+        timeout=TIMEOUT,
+        device_id=device if cuda else None,
+    )
 
 
 def close() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    """Leave the process group, all ranks together.
+
+    Not for the way out of an error of this rank alone: the others may never come, so there the group ends with the
+    process, and the launcher stops the others.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    torch.distributed.barrier()  # a rank that leaves early cuts the others off from what they still read
+    torch.distributed.destroy_process_group()
+
+
+def leave() -> None:
+    """``close`` on the way to an exit code of this rank's own.
+
+    torchrun terminates the other ranks as soon as one has failed. They are on their way out with a code that says why;
+    a signal in Python's last moments would replace it.
+    """
+    close()
+    if World.from_environment().size > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def broadcast_object(value: T, world: World) -> T:
+    """The main rank's ``value`` on every rank. Small things only: it is pickled."""
+    if world.size == 1:
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def on_main(make: Callable[[], T], world: World) -> T:
+    """``make()`` of the main rank on every rank; an error of hjepa is raised on every rank too.
+
+    The others would wait for a main rank that failed alone until the launcher kills them, and say nothing of use.
+    """
+    found: tuple[T | None, HjepaError | None] = (None, None)
+    if world.is_main:
+        try:
+            found = make(), None
+        except HjepaError as error:
+            if world.size == 1:
+                raise
+            found = None, error
+    value, failure = broadcast_object(found, world)
+    if failure is not None:
+        raise failure
+    return value  # type: ignore[return-value]
 
 
 def pick_device(name: str, world: World) -> torch.device:
@@ -71,8 +150,13 @@ def pick_device(name: str, world: World) -> torch.device:
     return device
 
 
-def amp_dtype(device: torch.device) -> torch.dtype | None:
-    """bfloat16 where the hardware computes in it, float16 on older GPUs, None (stay in float32) on other CPUs."""
+def amp_dtype(device: torch.device, name: str = "auto") -> torch.dtype | None:
+    """The dtype of mixed precision, ``training.amp_dtype``.
+
+    ``auto`` is bfloat16 where the hardware computes in it, float16 on older GPUs, None (stay in float32) on other CPUs.
+    """
+    if name != "auto":
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16}[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "cpu":

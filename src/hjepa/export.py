@@ -78,7 +78,7 @@ def encoder_of_checkpoint(
 ) -> ExportedEncoder:
     """The encoder that ``export.weights`` names, with the weights of a training checkpoint."""
     prefix = f"{config.export.weights}_encoder."
-    model = read_checkpoint(path)["model"]
+    model = read_checkpoint(path, parts=("model",))["model"]
     vit = build_encoder(config)
     vit.load_state_dict({name.removeprefix(prefix): value for name, value in model.items() if name.startswith(prefix)})
     return _wrap(vit, config, mean, std)

@@ -32,13 +32,15 @@ from hjepa.adapters.lifeline import die_with_parent
 from hjepa.adapters.s3 import ObjectNotFoundError, S3Store
 from hjepa.adapters.tracking import MetricStream, Tracker, tracking_uri
 from hjepa.config import Config, dump_yaml, flatten, load_config, sha256_json, validate
-from hjepa.errors import HjepaError, PreemptedError, UserError
+from hjepa.errors import FutileRetryError, HjepaError, PreemptedError, UserError
 from hjepa.utils.files import file_sha256
 from hjepa.utils.logging import append_json_line, say, warn
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import numpy as np
+    from numpy.typing import NDArray
 
+    from hjepa.distributed import World
     from hjepa.utils.checkpoint import SavedCheckpoint
 
 P = ParamSpec("P")
@@ -66,8 +68,9 @@ def step(function: Callable[P, T]) -> Callable[P, T]:
             return function(*args, **kwargs)
         except (HjepaError, OSError) as problem:
             error = as_hjepa_error(problem)
-            report_error(function.__name__, error)
-            _close_run(kwargs.get("resolved_path"), error)
+            if os.environ.get("RANK", "0") == "0":  # one report for all of torchrun's ranks
+                report_error(function.__name__, error)
+                _close_run(kwargs.get("resolved_path"), error)
             if not in_task:
                 raise error from (None if error is not problem else problem.__cause__)
             say(f"{function.__name__} failed: {error}")
@@ -356,24 +359,6 @@ def _open_split(run: Run, manifest: Json, split: str) -> Any:
     return ShardDataset(manifest, split, fetch)
 
 
-def _eval_batches(config: Config, images: Any, limit: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Evaluation views uint8 (b, C, S, S) and labels (b,), -1 for none, of the first ``limit`` images."""
-    import torch
-
-    from hjepa.data.loader import EvalLoader
-
-    loader = EvalLoader(
-        images,
-        batch_size=config.evaluation.batch_size,
-        image_size=config.data.image_size,
-        channels=config.data.channels,
-        num_workers=config.data.num_workers,
-        limit=limit,
-    )
-    for batch in loader:
-        yield batch.images, torch.from_numpy(batch.labels)
-
-
 # -- train -----------------------------------------------------------------------------------------------------------
 
 
@@ -387,47 +372,49 @@ def train(
         resume: A checkpoint's path, or ``auto`` for the newest one.
         device: Instead of ``training.device``; it is no part of the experiment.
 
+    Started by torchrun it is one of several ranks, and the main one does what is done once.
+
     Raises:
         PreemptedError: told to stop; the state is saved here and in S3.
         FutileRetryError: collapsed or diverged.
     """
+    from hjepa import distributed
+
     run = Run.read(resolved_path)
     dataset = read_manifest(dataset_path, "dataset")
+    device = device or run.config.training.device
     inputs = {"config": run.config.digest, "dataset": dataset["digest"]}
-    if resume != "auto" or (manifest := run.finished("train", inputs)) is None:
-        manifest = _train(run, dataset, resume, device or run.config.training.device)
-        run.record("train", inputs, manifest)
-    write_manifest(checkpoint_path, manifest)
-    say(f"checkpoint: step {manifest['step']}, {manifest['images_seen']:,} images seen, {manifest['uri']}")
+    world = distributed.World.from_environment()
+    distributed.init(world, distributed.pick_device(device, world))
+    manifest = run.finished("train", inputs) if resume == "auto" and world.is_main else None
+    manifest = distributed.broadcast_object(manifest, world)
+    if manifest is None:
+        try:
+            manifest = _train(run, dataset, resume, device, world)
+        except (PreemptedError, FutileRetryError, KeyboardInterrupt):
+            distributed.close()  # the others wait here until the main rank has uploaded: the first exit ends all
+            raise
+        if world.is_main:
+            run.record("train", inputs, manifest)
+    distributed.close()
+    if world.is_main:
+        write_manifest(checkpoint_path, manifest)
+        say(f"checkpoint: step {manifest['step']}, {manifest['images_seen']:,} images seen, {manifest['uri']}")
 
 
-def _train(run: Run, dataset: Json, resume: str, device: str) -> Json:
-    import torch
-
+def _train(run: Run, dataset: Json, resume: str, device: str, world: World) -> Json:
+    """The chosen checkpoint's manifest, on the main rank; S3 and MLflow are the main rank's alone."""
+    from hjepa import training
     from hjepa.data.loader import TrainLoader
-    from hjepa.distributed import World
-    from hjepa.losses import HierarchicalLoss
-    from hjepa.masks import MultiBlockMasking
-    from hjepa.models import HJEPAModel
-    from hjepa.trainers import HJEPATrainer, create_optimizer
+    from hjepa.distributed import pick_device
     from hjepa.utils import MetricsLogger
 
-    if World.from_environment().size > 1:
-        raise UserError("this step trains on one device; start it without torchrun")
     images = _open_split(run, dataset, "train")
     labelled = dataset["splits"]["train"]["per_class"] is not None
     # The MLflow run tells apart runs of one name on different servers, the digest those on images that have changed.
     place = f"{run.name}-{run.mlflow_run_id[:8]}-{dataset['digest'][:8]}"
     folder = Path(run.config.checkpoint.checkpoint_dir).expanduser() / place
-    config = _with_checkpoint(run.config, checkpoint_dir=str(folder))
-    if config.checkpoint.metric == "auto":
-        metric = "probe/knn_top1" if labelled else "collapse/rankme"
-        config = _with_checkpoint(config, metric=metric, mode="max")
-    uploads = CheckpointUploads(run, dataset, folder, keep_best_n=config.checkpoint.keep_best_n)
-    uploads.fetch_newer()
-
-    torch.manual_seed(config.seed)
-    model = HJEPAModel(config)
+    config = training.choose_metric(training.with_checkpoint(run.config, checkpoint_dir=str(folder)), labelled=labelled)
     loader = TrainLoader(
         images,
         batch_size=config.training.batch_size,
@@ -437,31 +424,30 @@ def _train(run: Run, dataset: Json, resume: str, device: str) -> Json:
         crop_scale=config.data.crop_scale,
         horizontal_flip=config.data.horizontal_flip,
         num_workers=config.data.num_workers,
+        rank=world.rank,
+        world_size=world.size,
+        pin_memory=pick_device(device, world).type == "cuda",
     )
+    probe = training.make_probe(config, images, dataset, labelled)
     logs = Path(config.logging.log_dir).expanduser() / place
+    if not world.is_main:
+        silent = MetricsLogger(run.name, logs, use_tensorboard=False)
+        training.build_trainer(config, loader, device=device, resume=resume, probe=probe, logger=silent).train()
+        return {}
+    uploads = CheckpointUploads(run, dataset, folder, keep_best_n=config.checkpoint.keep_best_n)
+    uploads.fetch_newer()
     stream = MetricStream(run.tracking_uri, run.mlflow_run_id, logs / "metrics.jsonl")
     logger = MetricsLogger(
         run.name,
         logs / "tensorboard",
-        flatten(config),
+        config,
         use_wandb=config.logging.wandb.enabled,
         use_tensorboard=config.logging.tensorboard.enabled,
         wandb_project=config.logging.wandb.project,
         sinks=[NewOnly(stream, logs / "metrics.jsonl")],
     )
-    trainer = HJEPATrainer(
-        model,
-        loader,
-        None,
-        create_optimizer(model, config),
-        HierarchicalLoss(config),
-        MultiBlockMasking(config),
-        config,
-        device,
-        resume,
-        logger=logger,
-        probe=make_probe(config, images, dataset, labelled),
-        on_saved=uploads.upload,
+    trainer = training.build_trainer(
+        config, loader, device=device, resume=resume, probe=probe, logger=logger, on_saved=uploads.upload
     )
     try:
         trainer.train()
@@ -471,53 +457,10 @@ def _train(run: Run, dataset: Json, resume: str, device: str) -> Json:
     finally:
         _close_stream(stream, logs / "metrics.jsonl", run)
         _upload_logs(run, logs)
+    for picture in sorted((logs / "pictures").glob("*.png")):
+        run.tracker.log_artifact(picture)
     uploads.finish([step for _, _, step in trainer.checkpoints.ranking])
     return uploads.best(config.checkpoint.metric, config.checkpoint.mode)
-
-
-def _with_checkpoint(config: Config, **update: str) -> Config:
-    return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update=update)})
-
-
-def make_probe(config: Config, images: Any, dataset: Json, labelled: bool) -> Callable[[Any], dict[str, float]]:
-    """Measures an encoder on a fixed set: the first images of the *training* split, never a test image.
-
-    Collapse measures on n = ``collapse.probe_samples`` images; where there are labels also a k-NN that classifies the
-    next n/2 images by those n.
-    """
-    import torch
-
-    from hjepa.data.transforms import normalize
-    from hjepa.evaluation import knn
-    from hjepa.models import HierarchicalEncoder
-    from hjepa.utils.collapse import collapse_metrics
-
-    bank = min(config.collapse.probe_samples, len(images) * 2 // 3)
-    count = bank + bank // 2
-    mean, std = dataset["statistics"]["mean"], dataset["statistics"]["std"]
-    pairs = list(_eval_batches(config, images, count))  # small, and read once instead of every epoch
-    labels = torch.cat([label for _, label in pairs]) if labelled else None
-
-    def probe(vit: Any) -> dict[str, float]:
-        encoder = HierarchicalEncoder(vit, num_levels=config.model.num_levels)
-        device = vit.positions.device
-        with torch.inference_mode():
-            parts = [encoder.embed(normalize(batch.to(device), mean, std)) for batch, _ in pairs]
-        tables = {level: torch.cat([part[level] for part in parts]).float().cpu() for level in parts[0]}
-        found = {f"collapse/{name}": value for name, value in collapse_metrics(tables["all"][:bank]).items()}
-        if labels is not None and len(labels) > bank:
-            scores = knn.evaluate(
-                tables["all"][:bank],
-                labels[:bank],
-                tables["all"][bank:],
-                labels[bank:],
-                config.evaluation,
-                len(dataset["classes"]),
-            )
-            found |= {f"probe/{name}": value for name, value in scores.items()}
-        return found
-
-    return probe
 
 
 class CheckpointUploads:
@@ -607,7 +550,7 @@ class CheckpointUploads:
 
         store, config = self.run.store, self.run.config
         key = self.run.key(f"checkpoints/{saved.step}/checkpoint.pth")
-        sha256 = file_sha256(saved.path)
+        sha256 = saved.sha256 or file_sha256(saved.path)
         store.put_file(key, saved.path, sha256=sha256)
         manifest = {
             "schema": SCHEMA,
@@ -647,10 +590,13 @@ class CheckpointUploads:
 
 
 class NewOnly:
-    """Passes metrics on unless a killed predecessor has logged that step already: no point is drawn twice."""
+    """Passes metrics on unless a killed predecessor has logged that step already: no point is drawn twice.
+
+    Pictures are kept beside the journal, the newest of each name.
+    """
 
     def __init__(self, stream: MetricStream, journal: Path):
-        self.stream = stream
+        self.stream, self.pictures = stream, journal.parent / "pictures"
         self.logged: set[tuple[int, str]] = set()
         for line in journal.read_text("utf-8").splitlines() if journal.exists() else []:
             with contextlib.suppress(ValueError, KeyError):  # a line that the kill cut short
@@ -661,6 +607,12 @@ class NewOnly:
         new = {name: value for name, value in metrics.items() if (step, name) not in self.logged}
         if new:
             self.stream.log(new, step)
+
+    def log_image(self, name: str, image: NDArray[np.uint8], step: int) -> None:
+        from PIL import Image
+
+        self.pictures.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(self.pictures / f"{name.replace('/', '-')}.png")
 
 
 def _close_stream(stream: MetricStream, journal: Path, run: Run) -> None:
@@ -705,7 +657,7 @@ def export_checkpoint(*, resolved_path: str, dataset_path: str, checkpoint_path:
 
 
 def _export(run: Run, dataset: Json, checkpoint: Json, folder: Path) -> Json:
-    from hjepa import export
+    from hjepa import export, training
 
     config, store, statistics = run.config, run.store, dataset["statistics"]
     local = folder / "checkpoint.pth"
@@ -729,7 +681,7 @@ def _export(run: Run, dataset: Json, checkpoint: Json, folder: Path) -> Json:
         store.put_file(f"{key}/{file}", folder / "made" / file, sha256=facts["sha256"])
         store.download(f"{key}/{file}", folder / "back" / file, sha256=facts["sha256"])
     images = _open_split(run, dataset, "train")
-    batch, _ = next(_eval_batches(config, images, 64))
+    batch, _ = next(training.eval_batches(config, images, 64))
     difference = export.max_abs_difference(encoder, export.load_export(folder / "back"), batch)
     if not difference <= config.export.tolerance:
         raise HjepaError(
@@ -782,7 +734,7 @@ def evaluate(*, resolved_path: str, dataset_path: str, model_path: str, evaluati
 
 
 def _evaluate(run: Run, dataset: Json, model: Json, folder: Path) -> Json:
-    from hjepa import evaluation, export
+    from hjepa import evaluation, export, training
     from hjepa.distributed import World, pick_device
     from hjepa.utils.collapse import collapse_metrics
 
@@ -798,7 +750,7 @@ def _evaluate(run: Run, dataset: Json, model: Json, folder: Path) -> Json:
     }
 
     def batches(split: str) -> Iterator[Any]:
-        return _eval_batches(config, present[split], splits[split])
+        return training.eval_batches(config, present[split], splits[split])
 
     encoders = {
         "trained": export.load_export(folder),

@@ -1,21 +1,19 @@
 """The training loop.
 
-restore or start -> for each batch: set lr and momentum from the step -> masks -> forward -> loss -> backward -> clip
--> optimiser step -> target update -> now and then: log, measure, save. Everything random is a pure function of
-(seed, step), so a resumed run is the run that was interrupted.
+restore or start -> for each batch: set the schedules from the step -> train step -> now and then: log, measure, save.
+Everything random is a pure function of (seed, step), so a resumed run is the run that was interrupted.
 """
 
 from __future__ import annotations
 
-import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -27,17 +25,24 @@ from hjepa.config import Config, dump_yaml, flatten
 from hjepa.distributed import World
 from hjepa.errors import FutileRetryError, PreemptedError, UserError
 from hjepa.losses import HierarchicalLoss
-from hjepa.masks import Masks, MultiBlockMasking
-from hjepa.models import HJEPAModel
+from hjepa.masks import MultiBlockMasking
+from hjepa.models import HJEPAModel, MaskTensors
+from hjepa.trainers import incidents, parallel
+from hjepa.trainers.optim import set_hyperparameters
+from hjepa.trainers.readout import Readout
+from hjepa.trainers.step import LOSS, NORM, SKIPPED, STOP, TrainStep, move, rows_of
 from hjepa.utils.checkpoint import CheckpointManager, SavedCheckpoint, read_checkpoint
 from hjepa.utils.collapse import CollapseMonitor
-from hjepa.utils.logging import MetricsLogger, ProgressTracker, format_seconds, say, warn
-from hjepa.utils.scheduler import create_ema_scheduler, create_lr_scheduler
+from hjepa.utils.logging import MetricsLogger, ProgressLine, ProgressTracker, format_seconds, say, warn
+from hjepa.utils.scheduler import create_ema_scheduler, create_lr_scheduler, create_weight_decay_scheduler
 
-MAX_SKIPPED = 5  # non-finite steps in a row before training gives up
-MAX_SKIPPED_FP16 = 50  # there the loss scale has to come down first, by halves
+MAX_OVERFLOWS = 50  # float16 steps in a row that are skipped while the loss scale comes down, by halves
 LINEAGE = ("seed", "model.", "masking.", "loss.", "training.", "data.image_size", "data.channels", "data.crop_scale")
-ELASTIC = ("training.device", "training.accumulation_steps", "training.use_amp")  # may change on resume
+# May change on resume: where and how fast the same steps are taken, not which.
+ELASTIC = tuple(
+    f"training.{key}"
+    for key in ("device", "accumulation_steps", "use_amp", "amp_dtype", "parallel", "compile", "max_skipped")
+)
 
 Probe = Callable[[nn.Module], dict[str, float]]
 
@@ -49,13 +54,13 @@ class Batch(Protocol):
     def step(self) -> int: ...
 
     @property
-    def epoch(self) -> int: ...
-
-    @property
     def images(self) -> Tensor: ...  # (b, C, S, S) uint8
 
     @property
-    def global_samples(self) -> NDArray[np.int64]: ...  # (B,) of the whole global batch
+    def samples(self) -> NDArray[np.int64]: ...  # (b,) numbers of the images
+
+    @property
+    def masks(self) -> Any: ...  # Masks of the images, with tensors
 
 
 class Loader(Protocol):
@@ -64,9 +69,20 @@ class Loader(Protocol):
     @property
     def num_samples(self) -> int: ...
 
-    def batches(self, start_step: int, stop_step: int) -> Iterable[Batch]: ...
+    @property
+    def batch_size(self) -> int: ...  # over all ranks
+
+    def batches(self, start_step: int, stop_step: int, masking_fn: Any = None) -> Iterable[Batch]: ...
 
     def normalize(self, images: Tensor) -> Tensor: ...
+
+
+class Schedules(NamedTuple):
+    """What the step's number decides."""
+
+    lr: float
+    weight_decay: float
+    momentum: float
 
 
 @dataclass(frozen=True)
@@ -80,22 +96,26 @@ class TrainingResult:
     metrics: dict[str, float]
 
 
+class _RewoundError(Exception):
+    """The state is that of an earlier step; its batches have to be asked for anew."""
+
+
 class HJEPATrainer:
-    """Trains an HJEPAModel.
+    """Trains an HJEPAModel on one device, or on one of several ranks that torchrun has started.
 
     Args:
         model: On any device; moved to ``device``.
-        train_loader: Deterministic batches, see ``Loader``.
+        train_loader: Deterministic batches, see ``Loader``; ``hjepa.data.create_dataloaders`` makes one.
         val_loader: Images whose loss is reported whenever the representation is measured, or None.
         optimizer: Over the model's trainable parameters.
-        loss_fn: Per-level predictions and targets -> loss and detached losses per level.
-        masking_fn: Masks of the global batch of a step.
+        loss_fn: Predictions, targets and embeddings per level -> loss and its detached parts.
+        masking_fn: Masks of the global batch of a step; it runs in the loader's workers.
         config: The whole tree.
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``.
         resume_checkpoint: A checkpoint's path, ``"auto"`` for the newest good one in the checkpoint folder, or None.
-        logger: Where metrics go; the default writes what ``config.logging`` asks for.
+        logger: Where metrics go; the default writes what ``config.logging`` asks for. Only the main rank logs.
         probe: Measures the target encoder between epochs, for instance ``{"collapse/rankme": ...}``.
-        on_saved: Called after each checkpoint is durable, off the training thread.
+        on_saved: Called after each checkpoint is durable, off the training thread, on the main rank.
     """
 
     def __init__(
@@ -114,30 +134,40 @@ class HJEPATrainer:
         probe: Probe | None = None,
         on_saved: Callable[[SavedCheckpoint], None] | None = None,
     ):
+        training = config.training
         self.config = config
         self.world = World.from_environment()
         self.device = distributed.pick_device(str(device), self.world)
+        self._require_sizes(train_loader)
         distributed.init(self.world, self.device)
-        self.core = model.to(self.device)
-        self.model: nn.Module = model
-        if self.world.size > 1:
-            self.model = nn.parallel.DistributedDataParallel(model)
         self.train_loader, self.val_loader = train_loader, val_loader
-        self.optimizer = optimizer
-        self.loss_fn = loss_fn.to(self.device)
         self.masking_fn = masking_fn
         self.probe = probe
         self.resume_checkpoint = resume_checkpoint
 
-        training, batch = config.training, config.training.batch_size
-        if batch % self.world.size or (batch // self.world.size) % training.accumulation_steps:
-            raise UserError(
-                f"training.batch_size={batch} does not divide over {self.world.size} ranks with "
-                f"training.accumulation_steps={training.accumulation_steps}"
-            )
+        self.amp_dtype = distributed.amp_dtype(self.device, training.amp_dtype) if training.use_amp else None
+        self.core = model  # wrap() moves it to the device, if need be piece by piece
+        if training.compile:
+            model.compile_blocks()
+        names = parallel.parameter_names(model, optimizer)
+        self.model = parallel.wrap(model, training.parallel, self.world, self.device, self.amp_dtype)
+        parallel.rebind(optimizer, model, names)
+        self.optimizer = optimizer
+        self.train_step = TrainStep(
+            self.model,
+            self.core,
+            optimizer,
+            loss_fn.to(self.device),
+            normalize=train_loader.normalize,
+            clip_grad=training.clip_grad,
+            amp_dtype=self.amp_dtype,
+            accumulation_steps=training.accumulation_steps,
+            world=self.world,
+        )
+
         samples = train_loader.num_samples
-        self.steps_per_epoch = samples / batch
-        self.total_steps = -(-training.epochs * samples // batch)
+        self.steps_per_epoch = samples / training.batch_size
+        self.total_steps = -(-training.epochs * samples // training.batch_size)
         self.lr_schedule = create_lr_scheduler(
             optimizer_type=training.optimizer,
             base_lr=training.lr,
@@ -145,6 +175,14 @@ class HJEPATrainer:
             epochs=training.epochs,
             steps_per_epoch=self.steps_per_epoch,
             warmup_epochs=training.warmup_epochs,
+            schedule_type=training.schedule,
+        )
+        decay, decay_end = training.weight_decay, training.weight_decay_end
+        self.weight_decay_schedule = create_weight_decay_scheduler(
+            base=decay,
+            final=decay if decay_end is None else decay_end,
+            epochs=training.epochs,
+            steps_per_epoch=self.steps_per_epoch,
         )
         ema = config.model.ema
         self.momentum_schedule = create_ema_scheduler(
@@ -154,9 +192,6 @@ class HJEPATrainer:
             steps_per_epoch=self.steps_per_epoch,
             warmup_epochs=ema.momentum_warmup_epochs,
         )
-        dtype = distributed.amp_dtype(self.device) if training.use_amp else None
-        self.amp_dtype = dtype
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.collapse = CollapseMonitor(config.collapse)
         self.checkpoints = CheckpointManager(
             config.checkpoint.checkpoint_dir,
@@ -166,23 +201,45 @@ class HJEPATrainer:
             mode=config.checkpoint.mode,
             on_saved=on_saved,
         )
+        logs, main = config.logging, self.world.is_main
         self.logger = logger or MetricsLogger(
-            config.logging.experiment_name,
-            config.logging.log_dir,
-            config.model_dump(mode="json"),
-            use_wandb=config.logging.wandb.enabled and self.world.is_main,
-            use_tensorboard=config.logging.tensorboard.enabled and self.world.is_main,
-            wandb_project=config.logging.wandb.project,
+            logs.experiment_name,
+            logs.log_dir,
+            config,
+            use_wandb=logs.wandb.enabled and main,
+            use_tensorboard=logs.tensorboard.enabled and main,
+            wandb_project=logs.wandb.project,
         )
         self.step = 0  # optimiser steps taken
-        self.skipped = 0  # non-finite steps in a row
+        self.skipped = 0  # steps in a row whose loss or gradient was not finite
+        self.rewinds = 0
         self.metrics: dict[str, float] = {}  # the newest value of everything logged
-        self.measured: dict[str, float] = {}  # what the probe found at this very step
-        # Since the last log line: loss, gradient norm and losses of the levels, summed, and the steps in the sum.
-        self.sums = torch.zeros(self.core.num_levels + 2, device=self.device)
-        self.counted = 0
+        self.measured: dict[str, float] = {}  # what was measured at this very step
+        self.window: dict[str, float] = {}  # sums over the steps since the last log line, and their "count"
+        self.readout: Readout[Batch] = Readout(self.device)
+        self._incidents = 0
         self._saved_step: int | None = None
         self._signal: int | None = None
+        self._told_to_stop = False
+
+    def _require_sizes(self, loader: Loader) -> None:
+        training = self.config.training
+        if not hasattr(loader, "batches"):
+            raise UserError(
+                f"train_loader: a {type(loader).__name__} cannot resume at any step; "
+                "use the loader that hjepa.data.create_dataloaders(config) makes"
+            )
+        share, rest = divmod(training.batch_size, self.world.size)
+        if rest or share < training.accumulation_steps:
+            raise UserError(
+                f"training.batch_size={training.batch_size} does not divide over {self.world.size} ranks with "
+                f"training.accumulation_steps={training.accumulation_steps}"
+            )
+        if loader.batch_size != training.batch_size:
+            raise UserError(
+                f"train_loader makes batches of {loader.batch_size} images, training.batch_size is "
+                f"{training.batch_size}; make both the same"
+            )
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -190,101 +247,144 @@ class HJEPATrainer:
         """Train to the end, from the start or from the checkpoint to resume.
 
         Raises:
-            PreemptedError: SIGTERM came; the state is saved. SIGINT saves it too and is a KeyboardInterrupt.
+            PreemptedError: SIGTERM came, to this rank or another; the state is saved. SIGINT saves it too and is a
+                KeyboardInterrupt.
             FutileRetryError: the representation collapsed or the numerics diverged.
-        """
-        self._restore()
-        self._describe()
-        with self._signals(), self.logger:
-            self._stop_if_collapsed()
-            self._loop()
-            self.checkpoints.wait()
-        distributed.close()
-        latest = self.checkpoints.get_latest_checkpoint()
-        assert latest is not None, "a run of at least one step ends with a checkpoint"
-        return TrainingResult(latest, self.step, self._epoch(self.step), self.images_seen, dict(self.metrics))
 
-    def _loop(self) -> None:
+        All ranks raise these together. Whoever catches them calls ``distributed.close()`` once what is left to do on
+        the main rank is done: torchrun stops the others as soon as one has failed.
+        """
+        with self._signals(), self.logger:
+            self._restore(self.resume_checkpoint)
+            self._describe()
+            self._stop_if_collapsed()
+            while self.step < self.total_steps:
+                with ProgressLine(self.total_steps, self.step, shown=self.world.is_main) as line:
+                    try:
+                        self._loop(line)
+                    except _RewoundError:
+                        self.readout.clear()
+            self.checkpoints.wait()
+        distributed.close()  # the main rank's last checkpoint is durable when any rank returns
+        latest = self.checkpoints.get_latest_checkpoint()
+        return TrainingResult(
+            latest or self.checkpoints.checkpoint_dir,
+            self.step,
+            self._epoch(self.step),
+            self.images_seen,
+            dict(self.metrics),
+        )
+
+    def _loop(self, line: ProgressLine) -> None:
         progress = ProgressTracker(self.total_steps, self.step)
-        frequency = self.config.logging.log_frequency
+        logs = self.config.logging
         waited = 0.0
         self.model.train()
-        batches = iter(self.train_loader.batches(self.step, self.total_steps))
+        batches = iter(self.train_loader.batches(self.step, self.total_steps, self.masking_fn))
         while self.step < self.total_steps:
             started = time.monotonic()
             batch = next(batches)
             waited += time.monotonic() - started
-            lr, momentum = self.lr_schedule(self.step), self.momentum_schedule(self.step)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            measured = self._train_step(batch, momentum)
+            now = self.schedules(self.step)
+            set_hyperparameters(self.optimizer, lr=now.lr, weight_decay=now.weight_decay)
+            measured = self.train_step(
+                batch.images,
+                MaskTensors(*batch.masks),
+                now.momentum,
+                number=self.step,
+                stop=self._signal is not None,
+                keep_gradients=self._picture_due(self.step + 1),
+            )
             self.step += 1
-            if measured is not None:
-                self.sums += measured
-                self.counted += 1
-            if self.step % frequency == 0 or self.step == self.total_steps:
+            line.advance(self.step)
+            self.readout.push(measured, batch)
+            self._read()
+            self._told_to_stop |= self._signal is not None and self.world.size == 1
+            if self.step % logs.log_frequency == 0 or self.step == self.total_steps:
                 progress.step(self.step)
-                self._log(lr, momentum, progress, waited)
+                self._log(now, progress, line, waited)
                 waited = 0.0
             if self._epoch(self.step) > self._epoch(self.step - 1) or self.step == self.total_steps:
-                self._end_of_epoch()
-            if self._signal is not None and self.step < self.total_steps:
+                self._end_of_epoch(batch)
+            if self._told_to_stop and self.step < self.total_steps:
                 self._stop()
 
-    def _train_step(self, batch: Batch, momentum: float) -> Tensor | None:
-        """One optimiser step; returns (loss, gradient norm, loss per level) on the device, None if it was skipped."""
-        masks = self.masking_fn(step=batch.step, epoch=batch.epoch, samples=batch.global_samples)
-        images = batch.images.to(self.device, non_blocking=True)
-        own = self.world.slice(len(batch.global_samples))
-        chunks = np.array_split(np.arange(own.start, own.stop), self.config.training.accumulation_steps)
-        losses = torch.zeros(self.core.num_levels + 1, device=self.device)
-        for i, chunk in enumerate(chunks):
-            share = len(chunk) / (own.stop - own.start)
-            with self._no_sync_until(i == len(chunks) - 1):
-                loss, levels = self._loss(images[chunk[0] - own.start : chunk[-1] + 1 - own.start], masks, chunk)
-                self.scaler.scale(loss * share).backward()
-            losses += share * torch.cat([loss.detach()[None], levels])
-        self.scaler.unscale_(self.optimizer)
-        limit = self.config.training.clip_grad or math.inf
-        norm = nn.utils.clip_grad_norm_(self.core.parameters(), limit)
-        if not torch.isfinite(norm + losses[0]):
-            self._skip(losses[0], norm)
-            return None
-        self.skipped = 0
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.core.update_target(momentum)
-        return torch.cat([losses[:1], norm[None], losses[1:]])
+    def schedules(self, step: int) -> Schedules:
+        """Learning rate, weight decay and momentum of one step."""
+        return Schedules(self.lr_schedule(step), self.weight_decay_schedule(step), self.momentum_schedule(step))
 
-    def _loss(self, images: Tensor, masks: Masks, chunk: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Loss () and detached losses per level (L,) of the images of ``chunk``, positions in the global batch."""
+    def _read(self, *, all: bool = False) -> None:
+        """Take in what past steps measured; act on those that were not finite."""
+        for values, batch in self.readout.pop(all=all):
+            self._told_to_stop |= values[STOP] > 0
+            if not values[SKIPPED]:
+                self.skipped = 0
+                names = ["loss", "grad_norm", *self.train_step.parts]
+                for name, value in zip(names, values[LOSS:], strict=True):
+                    self.window[name] = self.window.get(name, 0.0) + value
+                self.window["count"] = self.window.get("count", 0) + 1
+            else:
+                self._not_finite(values, batch)
 
-        def to_device(index: NDArray[np.int64]) -> Tensor:
-            return torch.from_numpy(index[chunk]).to(self.device, non_blocking=True)
-
-        context, targets = to_device(masks.context), [to_device(cells) for cells in masks.targets]
-        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-            out = self.model(self.train_loader.normalize(images), context, targets)
-        loss, levels = self.loss_fn(out.predictions, out.targets)
-        return loss, levels
-
-    def _no_sync_until(self, last: bool) -> AbstractContextManager[None]:
-        if isinstance(self.model, nn.parallel.DistributedDataParallel) and not last:
-            return self.model.no_sync()
-        return nullcontext()
-
-    def _skip(self, loss: Tensor, norm: Tensor) -> None:
-        """A non-finite step changes nothing; too many of them end the run."""
-        self.scaler.update()  # lowers the scale: unscale_() has seen what was not finite
-        self.optimizer.zero_grad(set_to_none=True)
+    def _not_finite(self, values: list[float], batch: Batch) -> None:
+        """A step that was not finite changed nothing; it is written down, and too many of them end the run."""
         self.skipped += 1
-        warn(f"step {self.step}: loss {loss.item():g}, gradient norm {norm.item():g}; the step is skipped")
-        if self.skipped > (MAX_SKIPPED_FP16 if self.scaler.is_enabled() else MAX_SKIPPED):
-            raise FutileRetryError(
-                f"{self.skipped} steps in a row had a loss or gradient that is not finite, up to step {self.step}. "
-                "Lower training.lr, or turn training.use_amp off, and resume from the last checkpoint."
-            )
+        said = f"step {batch.step}: loss {values[LOSS]:g}, gradient norm {values[NORM]:g}; the step is skipped"
+        overflow = self.train_step.scaler.is_enabled() and np.isfinite(values[LOSS])
+        if overflow:
+            if self.world.is_main:
+                warn(f"{said}, float16's loss scale comes down")
+            if self.skipped < MAX_OVERFLOWS:
+                return
+        else:
+            folder = self._write_incident(batch)
+            if self.world.is_main:
+                warn(f"{said}. Play it again with: hjepa replay {folder}" if folder else said)
+            if self.skipped < self.config.training.max_skipped:
+                return
+        cause = f"{self.skipped} steps in a row had a loss or gradient that is not finite, up to step {batch.step}"
+        if self.rewinds == 0 and self._rewind(cause):
+            raise _RewoundError
+        raise FutileRetryError(
+            f"{cause}{', after a rewind' if self.rewinds else ', and there is no checkpoint to go back to'}. "
+            "Look at the batches with hjepa replay; lower training.lr, or turn training.use_amp off, and resume."
+        )
+
+    def _write_incident(self, batch: Batch) -> Path | None:
+        if self._incidents == incidents.MOST:
+            return None
+        self._incidents += 1
+        folder = incidents.folder_of(self.checkpoints.checkpoint_dir / "incidents", batch.step)
+        weights, _ = parallel.gather_state(self.model, None)
+        if self.world.is_main:
+            incidents.write_model(folder, self.config, weights or {}, step=self.step)
+        incidents.write_batch(
+            folder,
+            self.world.rank,
+            images=self.train_loader.normalize(batch.images),
+            masks=MaskTensors(*batch.masks),
+            samples=batch.samples,
+            step=batch.step,
+            amp_dtype=self.amp_dtype,
+        )
+        return folder
+
+    def _rewind(self, cause: str) -> bool:
+        """Go back to the last good checkpoint, in case the hardware and not the data was at fault."""
+
+        def newest() -> Path | None:
+            self.checkpoints.wait()
+            return self.checkpoints.find_resumable(warn)
+
+        path = distributed.on_main(newest, self.world)
+        if path is None:
+            return False
+        if self.world.is_main:
+            warn(f"{cause}; going back to {path}")
+        self.optimizer.zero_grad(set_to_none=True)
+        self._restore(path)
+        self.rewinds, self.skipped = 1, 0
+        return True
 
     # -- between steps -----------------------------------------------------------------------------------------------
 
@@ -296,45 +396,61 @@ class HJEPATrainer:
         """Epochs completed after ``step`` steps."""
         return step * self.config.training.batch_size // self.train_loader.num_samples
 
-    def _log(self, lr: float, momentum: float, progress: ProgressTracker, waited: float) -> None:
-        if self.counted == 0:
+    def _due(self, step: int, frequency: int) -> bool:
+        """Whether an epoch that is a multiple of ``frequency`` ends with ``step``; one step may cover several."""
+        return step == self.total_steps or self._epoch(step) // frequency > self._epoch(step - 1) // frequency
+
+    def _picture_due(self, step: int) -> bool:
+        frequency = self.config.logging.picture_frequency
+        return frequency > 0 and self.world.is_main and self._due(step, frequency)
+
+    def _log(self, now: Schedules, progress: ProgressTracker, line: ProgressLine, waited: float) -> None:
+        self._read(all=True)
+        count = self.window.pop("count", 0)
+        if count == 0:
             return  # every step since the last line was skipped, and said so
-        loss, norm, *levels = (self.sums / self.counted).tolist()
-        self.sums.zero_()
-        self.counted = 0
+        means = {name: total / count for name, total in self.window.items()}
+        self.window.clear()
+        loss, norm = means.pop("loss"), means.pop("grad_norm")
         rate = progress.steps_per_second() * self.config.training.batch_size
         window = self.config.logging.log_frequency / max(progress.steps_per_second(), 1e-9)
         wait = min(waited / window, 1.0)
-        metrics = {"train/loss": loss, "optim/grad_norm": norm, "optim/lr": lr, "optim/ema_momentum": momentum}
-        metrics |= {f"train/loss_level_{level}": value for level, value in enumerate(levels)}
+        metrics = {"train/loss": loss} | {f"train/loss_{name}": value for name, value in means.items()}
+        metrics |= {"optim/lr": now.lr, "optim/grad_norm": norm, "optim/ema_momentum": now.momentum}
+        if self.config.training.weight_decay_end is not None:
+            metrics["optim/weight_decay"] = now.weight_decay
+        if self.train_step.scaler.is_enabled():
+            metrics["optim/loss_scale"] = self.train_step.scaler.get_scale()
         metrics |= {"perf/images_per_second": rate, "perf/data_wait_share": wait}
         self.metrics |= metrics
         if not self.world.is_main:
             return
         self.logger.log_metrics(metrics, self.images_seen)
-        parts = " ".join(f"L{level} {value:.4f}" for level, value in enumerate(levels))
+        self.logger.log_system_metrics(self.images_seen)
+        parts = " ".join(f"{name.replace('level_', 'L')} {value:.4f}" for name, value in means.items())
         epoch = min(self.step / self.steps_per_epoch, self.config.training.epochs)
-        say(
-            f"epoch {epoch:.2f}/{self.config.training.epochs}  step {self.step}/{self.total_steps}  loss {loss:.4f} "
-            f"({parts})  lr {lr:.2e}  {rate:.0f} images/s  data wait {wait:.0%}  "
-            f"ETA {format_seconds(progress.get_eta())}"
+        line.show(
+            f"epoch {epoch:.2f}/{self.config.training.epochs}",
+            f"step {self.step}/{self.total_steps}",
+            f"loss {loss:.4f} ({parts})",
+            f"lr {now.lr:.2e}",
+            f"{rate:.0f} images/s",
+            f"data wait {wait:.0%}",
+            f"ETA {format_seconds(progress.get_eta())}",
         )
 
-    def _end_of_epoch(self) -> None:
+    def _end_of_epoch(self, batch: Batch) -> None:
         """Measure the representation, act on collapse, save."""
-        before, now = self._epoch(self.step - 1), self._epoch(self.step)
-        last = self.step == self.total_steps
-
-        def due(frequency: int) -> bool:  # one step may cover several epochs of a small data set
-            return last or now // frequency > before // frequency
-
-        save = due(self.config.checkpoint.save_frequency)
+        self._read(all=True)
+        save = self._due(self.step, self.config.checkpoint.save_frequency)
         # What is saved is measured too: a checkpoint without a metric cannot be the best one.
-        if save or due(self.config.collapse.frequency):
+        if save or self._due(self.step, self.config.collapse.frequency):
             if self.val_loader is not None:
                 self._validate(self.val_loader)
-            if self.probe is not None and self.world.is_main:
-                self._measure()
+            if self.probe is not None:
+                self._measure(self.probe)
+        if self._picture_due(self.step):
+            self._draw(batch)
         if save:
             self._save()
         self._stop_if_collapsed()
@@ -345,32 +461,55 @@ class HJEPATrainer:
         """Mean loss over the validation images, with the same masks every time. It watches, it never selects."""
         self.model.eval()
         losses = []
-        for batch in loader.batches(0, -(-loader.num_samples // self.config.training.batch_size)):
-            masks = self.masking_fn(step=batch.step, epoch=0, samples=batch.global_samples)
-            own = self.world.slice(len(batch.global_samples))
-            loss, _ = self._loss(batch.images.to(self.device), masks, np.arange(own.start, own.stop))
+        for batch in loader.batches(0, loader.num_samples // loader.batch_size, self.masking_fn):
+            masks = move(MaskTensors(*batch.masks), self.device)
+            loss, _ = self.train_step.loss(batch.images.to(self.device, non_blocking=True), masks)
             losses.append(loss)
         self.model.train()
-        found = {"val/loss": float(torch.stack(losses).mean())}
+        found = {"val/loss": float(parallel.all_reduce_mean(torch.stack(losses).mean()))}
         self.measured |= found
         if self.world.is_main:
             self.logger.log_metrics(found, self.images_seen)
 
-    def _measure(self) -> None:
-        assert self.probe is not None
+    def _measure(self, probe: Probe) -> None:
         self.core.target_encoder.eval()
-        with torch.inference_mode():
-            found = self.probe(self.core.target_encoder)
+        found: dict[str, float] = {}
+        # A sharded encoder can only run on all ranks together.
+        if self.world.is_main or parallel.is_sharded(self.model):
+            with torch.no_grad():
+                found = probe(self.core.target_encoder)
         self.model.train()
+        found = distributed.broadcast_object(found, self.world)
         self.measured |= found
+        diagnosis = self.collapse.update(found)
+        if not self.world.is_main:
+            return
         self.logger.log_metrics(found, self.images_seen)
         say("  " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
-        watched = {
-            name.removeprefix("collapse/"): value for name, value in found.items() if name.startswith("collapse/")
-        }
-        diagnosis = self.collapse.update(watched) if watched else None
         if diagnosis:
             warn(diagnosis)
+
+    def _draw(self, batch: Batch) -> None:
+        """Pictures of the masks and of what is predicted, and how weights and gradients are spread."""
+        from hjepa.utils import pictures
+
+        self.logger.log_model_weights(self.core, self.images_seen)
+        self.logger.log_model_gradients(self.core, self.images_seen)
+        if parallel.is_sharded(self.model) or not self.logger.listening:
+            return  # a sharded model can only run on all ranks together
+        images = self.train_loader.normalize(batch.images[:8].to(self.device))
+        masks = move(rows_of(MaskTensors(*batch.masks), 0, 8), self.device)
+        self.core.eval()
+        with torch.no_grad():
+            out = self.core(images, masks)
+        self.core.train()
+        shown = batch.images[:8].cpu()
+        context, targets = masks.context.cpu(), [cells.cpu() for cells in masks.targets]
+        grid = self.config.grid_size
+        self.logger.log_image("masks", pictures.mask_picture(shown, context, targets, grid), self.images_seen)
+        self.logger.log_prediction_comparison(
+            out.predictions, out.targets, self.images_seen, images=shown, cells=targets, grid=grid
+        )
 
     def _stop_if_collapsed(self) -> None:
         """Checked after a restart too: a retry must not train on from a collapsed state."""
@@ -380,69 +519,93 @@ class HJEPATrainer:
         self.checkpoints.wait()
         raise FutileRetryError(
             f"{self.collapse.diagnosis}, up to step {self.step}. Training is stopped as collapse.action=stop asks. "
-            "A faster target (lower model.ema.momentum), a smaller training.lr or larger masks usually help; start "
-            "again with another name of the run."
+            "A faster target (lower model.ema.momentum), a smaller training.lr, larger masks or a regularizer "
+            "(loss.regularizer.name) usually help; start again with another name of the run."
         )
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
         """Once per step: a second save would lose what was measured before the first."""
-        if not self.world.is_main or self._saved_step == self.step:
+        if self._saved_step == self.step:
             return
         self._saved_step = self.step
+        self._read(all=True)
+        weights, moments = parallel.gather_state(self.model, self.optimizer)
+        if not self.world.is_main or weights is None:
+            return
+        scaler = self.train_step.scaler
         self.checkpoints.save_checkpoint(
             epoch=self._epoch(self.step),
-            model=self.model,
-            optimizer=self.optimizer,
-            scaler=self.scaler if self.scaler.is_enabled() else None,
+            model=weights,
+            optimizer=moments,
+            scaler=scaler if scaler.is_enabled() else None,
             metrics=self.metrics | self.measured,
             step=self.step,
             state={
                 "config": dump_yaml(self.config),
                 "lineage": self.lineage,
                 "images_seen": self.images_seen,
-                "sums": self.sums,
-                "counted": self.counted,
+                "window": self.window,
                 "skipped": self.skipped,
+                "rewinds": self.rewinds,
                 "strikes": self.collapse.strikes,
                 "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+                "world_size": self.world.size,
             },
         )
 
-    def _restore(self) -> None:
-        path = self.resume_checkpoint
-        if path == "auto":
-            path = self.checkpoints.find_resumable(warn)
-        if path is None:
+    def _restore(self, path: str | Path | None) -> None:
+        """Go on from a checkpoint that the main rank can read; the other ranks get its content from there."""
+        content: dict[str, Any] = {}
+
+        def read() -> dict[str, Any] | None:
+            found = self.checkpoints.find_resumable(warn) if path == "auto" else path
+            if found is None:
+                return None
+            content.update(read_checkpoint(Path(found)))
+            self._require_same_lineage(Path(found), content["state"]["lineage"])
+            light = {key: content[key] for key in ("step", "metrics", "scaler", "state", "ranking")}
+            return light | {"path": found}
+
+        head = distributed.on_main(read, self.world)
+        if head is None:
             return
-        self._require_same_lineage(Path(path))
-        content = self.checkpoints.load_checkpoint(path, self.core, self.optimizer, self.scaler)
-        state: Mapping[str, Any] = content["state"]
-        self.step = content["step"]
-        self.metrics = dict(content["metrics"])
+        try:
+            parallel.scatter_state(self.model, self.optimizer, content or None, self.world)
+        except ValueError as error:
+            raise UserError(f"{head['path']} does not fit this model and optimiser: {error}") from None
+        state: Mapping[str, Any] = head["state"]
+        self.step = head["step"]
+        self.metrics = dict(head["metrics"])
+        self.checkpoints.ranking = [tuple(item) for item in head["ranking"]]
         self.skipped, self.collapse.strikes = state["skipped"], state["strikes"]
+        self.rewinds = state.get("rewinds", 0)
+        self.window = dict(state.get("window", {}))
+        if head["scaler"] and self.train_step.scaler.is_enabled():
+            self.train_step.scaler.load_state_dict(head["scaler"])
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-        self.sums.copy_(state["sums"])
-        self.counted = state["counted"]
         self._saved_step = self.step
-        say(f"resumed from {path} at step {self.step} of {self.total_steps}")
+        if self.world.is_main:
+            say(f"resumed from {head['path']} at step {self.step} of {self.total_steps}")
+
+    def _barrier(self) -> None:
+        distributed.broadcast_object(None, self.world)
 
     @property
     def lineage(self) -> dict[str, Any]:
         """Everything that decides where the next step leads; a checkpoint of another lineage cannot be resumed."""
-        settings = {key: value for key, value in flatten(self.config).items() if key.startswith(LINEAGE)}
-        return {key: value for key, value in settings.items() if key not in ELASTIC} | {
-            "images": self.train_loader.num_samples
-        }
+        return lineage(self.config) | {"images": self.train_loader.num_samples}
 
-    def _require_same_lineage(self, path: Path) -> None:
-        theirs, ours = read_checkpoint(path)["state"]["lineage"], self.lineage
+    def _require_same_lineage(self, path: Path, theirs: Mapping[str, Any]) -> None:
+        ours = self.lineage
+        # A key that did not exist when the checkpoint was written had what is the default now.
+        theirs = lineage(Config()) | {key: value for key, value in theirs.items() if key in ours}
         different = [
-            f"{key}: {theirs.get(key)} there, {ours.get(key)} here"
-            for key in sorted({*theirs, *ours})
-            if theirs.get(key) != ours.get(key)
+            f"{key}: {theirs.get(key)} there, {ours[key]} here" for key in sorted(ours) if theirs.get(key) != ours[key]
         ]
         if different:
             raise UserError(
@@ -455,8 +618,9 @@ class HJEPATrainer:
             return
         trained = sum(p.numel() for p in self.core.parameters() if p.requires_grad)
         precision = str(self.amp_dtype or torch.float32).removeprefix("torch.")
+        ranks = "1 rank" if self.world.size == 1 else f"{self.world.size} ranks ({self.config.training.parallel})"
         say(
-            f"training {trained / 1e6:.2f} M parameters on {self.device} in {precision}, {self.world.size} rank(s), "
+            f"training {trained / 1e6:.2f} M parameters on {self.device} in {precision}, {ranks}, "
             f"{torch.get_num_threads()} threads: {self.total_steps} steps of {self.config.training.batch_size} images, "
             f"{self.core.num_levels} levels"
         )
@@ -467,15 +631,22 @@ class HJEPATrainer:
         return _Handlers(self)
 
     def _stop(self) -> None:
-        assert self._signal is not None
+        """All ranks are here at the same step: each was told, or has read that another was."""
         self._save()
         self.checkpoints.wait()
+        self._barrier()  # nobody leaves before the checkpoint is durable
         if self._signal == signal.SIGINT:
             raise KeyboardInterrupt
-        name = signal.Signals(self._signal).name
+        name = "another rank's signal" if self._signal is None else signal.Signals(self._signal).name
         raise PreemptedError(
             f"{name} at step {self.step} of {self.total_steps}: the state is saved, the run can be resumed"
         )
+
+
+def lineage(config: Config) -> dict[str, Any]:
+    """The settings that decide where the next step leads."""
+    settings = {key: value for key, value in flatten(config).items() if key.startswith(LINEAGE)}
+    return {key: value for key, value in settings.items() if key not in ELASTIC}
 
 
 class _Handlers(AbstractContextManager[None]):
