@@ -1,6 +1,6 @@
 """What collapse looks like: a healthy and a deliberately collapsing run on Fashion-MNIST, drawn to docs/collapse.png.
 
-    python -m benchmarks.curves [--parts 8] [--output docs/collapse.png]
+    python -m benchmarks.curves [--parts 6] [--output docs/collapse.png]
 
 Both runs have the demo configuration, seed and images. The collapsing one has no fixed target: the EMA momentum is 0
 and gradients flow into the targets too (model.stop_gradient=false). A part is 3,200 images; after each one the
@@ -91,7 +91,12 @@ def compare(parts: int, overrides: list[str]) -> dict[str, Curves]:
     found = {}
     with tempfile.TemporaryDirectory(prefix="hjepa-curves-") as folder:
         common = [f"training.epochs={parts}", "training.device=cpu", "collapse.action=warn", "logging.log_frequency=10"]
-        common += ["logging.picture_frequency=0", f"checkpoint.save_frequency={parts}", *overrides]
+        common += [
+            "logging.picture_frequency=0",
+            "collapse.probe_samples=512",
+            f"checkpoint.save_frequency={parts}",
+            *overrides,
+        ]
         for name, settings in (("healthy", []), ("collapsing", COLLAPSING)):
             own = [f"checkpoint.checkpoint_dir={folder}/{name}", f"logging.log_dir={folder}/logs", *settings]
             found[name] = follow(load_config("demo", [*common, *own]))
@@ -167,7 +172,7 @@ def draw(runs: Mapping[str, Curves], config: Config, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw a healthy and a collapsing run.")
-    parser.add_argument("--parts", type=int, default=8, help="of 3,200 images (default: %(default)s)")
+    parser.add_argument("--parts", type=int, default=6, help="of 3,200 images (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=PICTURE)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of both runs")
     arguments = parser.parse_args()

@@ -28,7 +28,7 @@ checkpoint: {{checkpoint_dir: {folder}/{name}}}
 collapse: {{frequency: 10, patience: 1, probe_samples: 128}}
 logging: {{log_frequency: 8, log_dir: {folder}/logs, picture_frequency: 0, tensorboard: {{enabled: false}}}}
 """
-COLLAPSING = ["model.ema.momentum=0", "model.ema.momentum_end=0", "model.stop_gradient=false", "collapse.min_std=0.05"]
+COLLAPSING = ["model.ema.momentum=0", "model.ema.momentum_end=0", "model.stop_gradient=false"]
 INTERVAL = 10 * 8  # steps between measurements: ten epochs of 230 training images
 
 
@@ -83,7 +83,6 @@ def test_collapse__is_stopped_at_the_first_measurement_while_the_loss_still_fall
     trainer, recorder = build(images, tmp_path, "collapsing", *COLLAPSING)
     with pytest.raises(FutileRetryError) as raised:
         trainer.train()
-    print(recorder.losses, recorder.measured)
     assert raised.value.exit_code == 13
     assert "of level 0 the standard deviation across images" in str(raised.value)
     assert "of level 1 the standard deviation across images" in str(raised.value)
@@ -104,7 +103,6 @@ def test_collapse__is_stopped_at_the_first_measurement_while_the_loss_still_fall
 def test_collapse__is_not_found_in_a_healthy_run_with_the_same_settings(images: Path, tmp_path: Path) -> None:
     trainer, recorder = build(images, tmp_path, "healthy")
     assert trainer.train().step == trainer.total_steps
-    print(recorder.losses, recorder.measured)
     assert len(recorder.measured) == 2
     for measured in recorder.measured:
         assert all(measured[f"collapse/level_{level}/std"] > 0.1 for level in (0, 1))

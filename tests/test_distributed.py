@@ -34,6 +34,7 @@ from hjepa.utils.checkpoint import LATEST, read_checkpoint
 from tests import ranks, test_train_alone
 from tests.test_train_alone import equal
 
+pytestmark = pytest.mark.timeout(600)  # of the first test, which waits for all trainings; they share two cores
 images = test_train_alone.images
 MODES = ["ddp", "fsdp"]
 STEPS = 16  # ceil(3 * 64 / 12)

@@ -151,22 +151,23 @@ def test_default_yaml__explains_every_key() -> None:
     assert bare == []
 
 
-# -- README ----------------------------------------------------------------------------------------------------------
+# -- README and docs -------------------------------------------------------------------------------------------------
 
 README = (ROOT / "README.md").read_text("utf-8")
+DOCUMENTS = README + (ROOT / "docs" / "TRAINING.md").read_text("utf-8")
 
 
 def code_blocks() -> list[str]:
-    return re.findall(r"^```(?:sh|bash|console)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    return re.findall(r"^```(?:sh|bash|console)\n(.*?)^```", DOCUMENTS, re.MULTILINE | re.DOTALL)
 
 
 def inline_code() -> list[str]:
-    prose = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^```.*?^```", "", DOCUMENTS, flags=re.MULTILINE | re.DOTALL)
     return re.findall(r"`([^`\n]+)`", prose)
 
 
 def commands(program: str) -> list[list[str]]:
-    """Every call of a program in README, without the program's name.
+    """Every call of a program in the documents, without the program's name.
 
     In prose a command is often only named (`hjepa sync`); what is returned then asks for its help.
     """
@@ -210,18 +211,18 @@ def test_readme__make_target_exists(command: list[str]) -> None:
 
 
 def test_readme__python_compiles() -> None:
-    for block in re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL):
-        compile(block, "README.md", "exec")
+    for block in re.findall(r"^```python\n(.*?)^```", DOCUMENTS, re.MULTILINE | re.DOTALL):
+        compile(block, "document", "exec")
 
 
 def paths_named() -> list[str]:
-    links = re.findall(r"\]\(([^)#\s]+)", README) + re.findall(r'(?:src|href)="([^"#]+)"', README)
+    links = re.findall(r"\]\(([^)#\s]+)", DOCUMENTS) + re.findall(r'(?:src|href)="([^"#]+)"', DOCUMENTS)
     suffixes = r"\.(?:py|md|yaml|yml|toml|txt|svg|png|json)$"
     spoken = [
         word
         for word in inline_code()
         if re.fullmatch(r"[\w.{}/-]+", word)
-        and ("/" in word or re.search(suffixes, word))
+        and (re.search(suffixes, word) or re.search(r"/$|^(?:src|docs|tests|components|pipelines|images|manifests)/", word))
         and not word.startswith(("/", "."))
     ]
     produced = {"error.json"}  # written by a run
@@ -230,7 +231,7 @@ def paths_named() -> list[str]:
 
 @pytest.mark.parametrize("path", paths_named())
 def test_readme__path_exists(path: str) -> None:
-    assert (ROOT / path).exists() or (SOURCE / path).exists()
+    assert any((folder / path).exists() for folder in (ROOT, SOURCE, ROOT / "docs"))
 
 
 def test_readme__configuration_keys_exist() -> None:

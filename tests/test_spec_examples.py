@@ -7,8 +7,10 @@ it.
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -31,6 +33,7 @@ from hjepa.losses import HierarchicalLoss
 from hjepa.masks import MultiBlockMasking
 from hjepa.models import HJEPAModel
 from hjepa.trainers import HJEPATrainer, create_optimizer
+from hjepa.training import train_alone
 from hjepa.utils.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -508,6 +511,38 @@ def test_command_lines__train_resume_and_pick_a_device(
 def test_names__can_be_imported_from_where_they_are_listed(module: str) -> None:
     missing = [name for name in NAMES[module] if not callable(getattr(import_module(module), name, None))]
     assert missing == []
+
+
+# -- docs/TRAINING.md ------------------------------------------------------------------------------------------------
+
+GUIDE = (ROOT / "docs/TRAINING.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("text", [SCHEDULERS, CHECKPOINTS, LOGGER, INTEGRATION.partition("train.py\n")[2]])
+def test_guide__shows_the_examples_as_they_are_run(text: str) -> None:
+    assert text.strip().replace("src.", "hjepa.") in GUIDE
+
+
+def test_guide__its_own_python_runs_and_its_metrics_are_those_that_are_logged(small: str, folder: Path) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
+    reading, embedding = (block for block in blocks if "read_checkpoint" in block or "HierarchicalEncoder" in block)
+    settings = ["training.weight_decay_end=0.1", "loss.regularizer.name=vicreg", f"training.device={DEVICE}"]
+    config = load_config(small, settings)
+    train_alone(config)
+    found = run(reading)["content"]
+    assert found["step"] == STEPS
+    assert load_config(found["state"]["config"]).training == config.training
+    loader, _ = create_dataloaders(config)
+    run(embedding, model=HJEPAModel(config), config=config, train_loader=loader)
+
+    table = GUIDE[GUIDE.index("## What is logged") : GUIDE.index("## Checkpoints")]
+    named = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(.*?)`", row)}
+    lines = (folder / "results/logs/hjepa/metrics.jsonl").read_text().splitlines()
+    logged = set().union(*(json.loads(line) for line in lines)) - {"images_seen"}
+    logged = {re.sub(r"level_\d", "level_0", name) for name in logged}
+    assert logged <= named
+    elsewhere = {name for name in named - logged if not name.startswith("system/gpu_")}
+    assert elsewhere == {"optim/loss_scale"}  # of float16
 
 
 # -- examples/training_example.py ------------------------------------------------------------------------------------

@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         error = as_hjepa_error(problem)
         print(f"error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all ranks at once; this one has its own code
         return error.exit_code
     except _TerminatedError:
         print("terminated; the same command goes on where this one was", file=sys.stderr, flush=True)

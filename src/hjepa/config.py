@@ -132,7 +132,7 @@ class CheckpointConfig(Section):
 class CollapseConfig(Section):
     probe_samples: Count = 512  # images of the fixed probe set
     frequency: Count = 1  # epochs between measurements
-    min_std: NonNegative = 0.01  # across-image std of the embedding, below which it counts as collapsed
+    min_std: NonNegative = 0.05  # across-image std of the embedding, below which it counts as collapsed
     min_rank: Positive = 2.0  # effective rank (RankMe) below which it counts as collapsed
     action: Literal["warn", "stop"] = "stop"
     patience: Count = 3  # collapsed measurements in a row before the action

@@ -392,7 +392,7 @@ def train(
         try:
             manifest = _train(run, dataset, resume, device, world)
         except (PreemptedError, FutileRetryError, KeyboardInterrupt):
-            distributed.close()  # the others wait here until the main rank has uploaded: the first exit ends all
+            distributed.leave()  # the others wait here until the main rank has uploaded: the first exit ends all
             raise
         if world.is_main:
             run.record("train", inputs, manifest)
