@@ -217,12 +217,13 @@ def test_readme__python_compiles() -> None:
 
 def paths_named() -> list[str]:
     links = re.findall(r"\]\(([^)#\s]+)", DOCUMENTS) + re.findall(r'(?:src|href)="([^"#]+)"', DOCUMENTS)
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir()}  # else it may be the name of a metric
     suffixes = r"\.(?:py|md|yaml|yml|toml|txt|svg|png|json)$"
     spoken = [
         word
         for word in inline_code()
         if re.fullmatch(r"[\w.{}/-]+", word)
-        and (re.search(suffixes, word) or re.search(r"/$|^(?:src|docs|tests|components|pipelines|images|manifests)/", word))
+        and (re.search(suffixes, word) or word.endswith("/") or word.split("/")[0] in folders)
         and not word.startswith(("/", "."))
     ]
     produced = {"error.json"}  # written by a run
