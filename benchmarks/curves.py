@@ -151,9 +151,15 @@ def draw(runs: Mapping[str, Curves], config: Config, path: Path) -> None:
                     )
                 if curves.stop is not None:
                     axes.axvline(curves.stop / 1000, color=COLORS[run], linestyle="--", linewidth=1)
-                    words = {"text": "training stops", "rotation": 90, "ha": "right", "va": "top", "fontsize": 8}
                     axes.annotate(
-                        xy=(curves.stop / 1000, 0.97), xycoords=("data", "axes fraction"), color=COLORS[run], **words
+                        "training stops",
+                        (curves.stop / 1000, 0.5),
+                        xycoords=("data", "axes fraction"),
+                        xytext=(3, 0),
+                        textcoords="offset points",
+                        rotation=90,
+                        va="center",
+                        color=COLORS[run],
                     )
             if limit is not None:
                 axes.axhline(limit, color=INK, linewidth=0.8)

@@ -202,10 +202,12 @@ class MultiBlockMasking:
 
     def _inside(self, top: Indices, left: Indices, height: int, width: int) -> NDArray[np.bool_]:
         """Which coarse cells (..., coarse^2) lie in blocks with these corners (...)."""
-        line = np.arange(self.coarse)
-        rows = (line >= top[..., None]) & (line < top[..., None] + height)
-        columns = (line >= left[..., None]) & (line < left[..., None] + width)
-        return (rows[..., :, None] & columns[..., None, :]).reshape(*top.shape, -1)
+        row, column = np.divmod(np.arange(self.coarse**2, dtype=np.uint32), np.uint32(self.coarse))
+        row, column = row.astype(np.uint16), column.astype(np.uint16)
+        # Without a sign, what lies before the corner wraps around to far behind it.
+        below, right = row - top.astype(np.uint16)[..., None], column - left.astype(np.uint16)[..., None]
+        inside: NDArray[np.bool_] = (below < height) & (right < width)
+        return inside
 
     def _floor(self, height: int, width: int, side: int) -> int:
         """Visible cells below which a sample is drawn again: a function of the block sizes, not of the batch."""
