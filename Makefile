@@ -4,6 +4,7 @@
 # VENV=...       where the virtual environment is (default: .venv)
 # ARGS=...       more arguments for the command: make demo ARGS="--set model.num_levels=1 --keep-stack"
 # INSTALLER=pip  install with pip instead of uv
+# JOBS=2         processes that run tests
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -17,6 +18,7 @@ PYTHON ?=
 VENV ?= .venv
 ARGS ?=
 INSTALLER ?= uv
+JOBS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
@@ -32,7 +34,7 @@ demo: $(INSTALLED) ## Run the whole pipeline on Fashion-MNIST.
 	@exec "$(BIN)/hjepa" run --config demo $(ARGS)
 
 test: lint ## Check style, types and imports, then run all tests that are not slow.
-	@"$(BIN)/python" -m pytest -m "not slow" $(ARGS)
+	@"$(BIN)/python" -m pytest -m "not slow" -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(INSTALLED) ## Run the tests that take minutes.
 	@"$(BIN)/python" -m pytest -m slow $(ARGS)
@@ -44,7 +46,7 @@ lint: $(INSTALLED) ## Check style, types and import contracts.
 	"$(BIN)/lint-imports"
 
 bench: $(INSTALLED) ## Measure a training step, masks, checkpoints and logging on this CPU.
-	@for part in step checkpoint logging; do "$(BIN)/python" -m benchmarks.$$part $(ARGS); done
+	@for part in step checkpoint logging; do "$(BIN)/python" -m benchmarks.$$part; done
 
 bench-gpu: $(INSTALLED) ## Measure training steps on this machine's NVIDIA GPU.
 	@"$(BIN)/python" -m benchmarks.gpu $(ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import io
 import json
@@ -406,6 +407,7 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
+    gc.collect()  # what holds the group must not be collected in a process that is forked later
 
 
 @pytest.mark.parametrize(
@@ -504,6 +506,19 @@ def test_scaler__none_or_disabled_on_either_side_is_fine(tmp_path: Path) -> None
 
 
 # -- life cycle ------------------------------------------------------------------------------------------------------
+
+
+def test_save__within_an_epoch_leaves_the_ranked_file_of_its_start_alone(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, metric_name="score", mode="max", save_frequency=1)
+    model, optimizer = trained()
+    best = manager.save_checkpoint(3, model, optimizer, metrics={"score": 0.9}, step=30, wait=True)
+    stopped = manager.save_checkpoint(3, model, optimizer, step=34, wait=True)
+    assert read_header(best)["step"] == 30
+    assert read_header(tmp_path / LATEST)["step"] == 34
+    assert [(name, step) for _, name, step in manager.ranking] == [(best.name, 30)]
+    found = list(good_checkpoints(tmp_path, print))
+    assert [content["step"] for _, content in found] == [34, 30]
+    assert stopped.name == "checkpoint_epoch_0003_step_00000034.pth"
 
 
 def test_keep__best_n_and_latest_are_kept_apart(tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from hjepa.config import CollapseConfig
 from hjepa.models import HierarchicalEncoder, VisionTransformer
-from hjepa.utils.collapse import CollapseMonitor, collapse_metrics, effective_rank
+from hjepa.utils.collapse import CollapseMonitor, collapse_metrics, collapse_of_levels, effective_rank
 
 HEALTHY = {
     f"collapse/{where}{name}": value
     for where in ("", "level_0/", "level_1/")
-    for name, value in (("std", 0.3), ("rankme", 40.0), ("cosine", 0.1))
+    for name, value in (("std", 0.3), ("rankme", 40.0), ("cosine", 0.1), ("norm", 20.0))
 }
 
 
@@ -63,7 +63,12 @@ def test_std_and_cosine__known_values() -> None:
 
 def test_measures__of_one_point_many_times() -> None:
     same = cloud(1, 96).expand(50, 96)
-    assert collapse_metrics(same) == {"std": 0.0, "rankme": 0.0, "cosine": pytest.approx(1)}
+    assert collapse_metrics(same) == {
+        "std": 0.0,
+        "rankme": 0.0,
+        "cosine": pytest.approx(1),
+        "norm": pytest.approx(float(same[0].norm())),
+    }
     # What rounding makes of equal images is no spread, though it points everywhere.
     noisy = (same.double() * (1 + 1e-7 * cloud(50, 96).double())).float()
     assert noisy.std(0).max() > 0
@@ -90,13 +95,7 @@ def encoder() -> HierarchicalEncoder:
 
 
 def measure(encoder: HierarchicalEncoder, images: Tensor) -> dict[str, float]:
-    """As a probe does: of all levels together and of each."""
-    embeddings = encoder.embed(images)
-    found = {f"collapse/{name}": value for name, value in collapse_metrics(embeddings["all"]).items()}
-    for level in encoder.levels:
-        measured = collapse_metrics(embeddings[str(level)])
-        found |= {f"collapse/level_{level}/{name}": value for name, value in measured.items()}
-    return found
+    return collapse_of_levels(encoder.embed(images))
 
 
 @torch.no_grad()
@@ -111,7 +110,7 @@ def test_measures__of_identical_images_are_collapsed_at_every_level(encoder: Hie
             assert value < 1e-6, key
         elif key.endswith("rankme"):
             assert value <= 1, key
-        else:
+        elif key.endswith("cosine"):
             assert value == pytest.approx(1), key
     diagnosis = CollapseMonitor(CollapseConfig()).update(found)
     assert diagnosis is not None

@@ -145,6 +145,65 @@ def test_system_metrics__show_memory_and_the_wait_for_data(tmp_path: Path) -> No
     assert recorder.last["system/data_wait_share"] == 0.25
 
 
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch says of a GPU that is in use: 2 GiB in 3 reserved ones, 4 at the peak."""
+    bytes_of = {"allocated_bytes.all.current": 2, "reserved_bytes.all.current": 3, "allocated_bytes.all.peak": 4}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {name: gib * 2**30 for name, gib in bytes_of.items()})
+
+
+MEMORY = {
+    "system/gpu_memory_allocated_gib": 2.0,
+    "system/gpu_memory_reserved_gib": 3.0,
+    "system/gpu_memory_peak_gib": 4.0,
+}
+
+
+@pytest.mark.usefixtures("gpu")
+def test_system_metrics__of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    utilization = iter([37, 38])
+    monkeypatch.setattr(torch.cuda, "utilization", lambda: next(utilization))
+    recorder = Recorder()
+    logger = to_sinks(tmp_path, recorder)
+    for expected in (37.0, 38.0):
+        logger.log_system_metrics(0)
+        shown = {name: value for name, value in recorder.last.items() if "gpu" in name}
+        assert shown == MEMORY | {"system/gpu_percent": expected}
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("error", [RuntimeError("NVML: not supported"), ModuleNotFoundError("No module named pynvml")])
+def test_system_metrics__of_a_gpu_that_refuses_to_tell_are_asked_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    asked: list[int] = []
+
+    def utilization() -> int:
+        asked.append(1)
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "utilization", utilization)
+    recorder = Recorder()
+    logger = to_sinks(tmp_path, recorder)
+    for step in range(3):
+        logger.log_system_metrics(step)
+        assert {name: value for name, value in recorder.last.items() if "gpu" in name} == MEMORY
+        assert recorder.last.keys() >= {"system/cpu_percent", "system/process_memory_gib"}
+    assert len(recorder.metrics) == 3
+    assert len(asked) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_system_metrics__leave_a_gpu_that_is_not_in_use_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.delattr(torch.cuda, "memory_stats")
+    monkeypatch.delattr(torch.cuda, "utilization")
+    recorder = Recorder()
+    to_sinks(tmp_path, recorder).log_system_metrics(0)
+    assert not [name for name in recorder.last if "gpu" in name]
+
+
 def test_a_logger_without_receivers__reads_no_tensor(tmp_path: Path) -> None:
     logger = MetricsLogger("run", tmp_path, use_tensorboard=False)
     logger.log_metrics({"loss": torch.zeros(3, device="meta")}, step=0)  # reading a meta tensor is an error
@@ -286,6 +345,37 @@ def test_a_sink_that_raises__is_reported_once_and_dropped(tmp_path: Path, capsys
     said = capsys.readouterr().err
     assert said.count("FullDisk is left out from here on (OSError: [Errno 28] No space left on device)") == 1
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("torch.utils.tensorboard", "TensorBoard"), ("wandb", "Weights & Biases")]
+)
+def test_a_backend_that_is_not_installed__is_said_once_and_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], module: str, name: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # importing it is a ModuleNotFoundError now
+    recorder = Recorder()
+    wanted = {"use_wandb": name != "TensorBoard", "use_tensorboard": name == "TensorBoard"}
+    with MetricsLogger("run", tmp_path, sinks=[recorder], **wanted) as logger:
+        for step in range(3):
+            logger.log_metrics({"loss": 1.0}, step)
+    assert recorder.metrics == [(step, {"loss": 1.0}) for step in range(3)]
+    said = capsys.readouterr().err
+    assert re.fullmatch(rf"warning: {name} is not installed \(.*{module}.*\); it is left out\n", said), said
+
+
+def test_backends_that_are_not_installed__are_said_once_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("torch.utils.tensorboard", "wandb"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with MetricsLogger("run", tmp_path, use_wandb=True) as logger:
+        assert not logger.listening
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(" is not installed")[0] for line in said] == [
+        "warning: TensorBoard",
+        "warning: Weights & Biases",
+    ]
 
 
 def test_log_dir_is_a_file__tensorboard_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -162,7 +162,7 @@ def test_lars__is_imported_only_when_asked_for_and_says_what_to_install(monkeypa
     monkeypatch.delitem(sys.modules, "hjepa.trainers.lars", raising=False)
     for name in ("adamw", "adam", "sgd"):
         make(name)
-    with pytest.raises(UserError, match=r"pip install 'hjepa\[lars\]'"):
+    with pytest.raises(UserError, match=r"pip install pytorch-optimizer"):
         make("lars")
 
 

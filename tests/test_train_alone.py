@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -124,6 +125,43 @@ def test_train__a_missing_checkpoint_and_a_missing_gpu_are_users_mistakes(images
         assert done.returncode == 2
         assert done.stderr.splitlines()[-1].startswith("error: ")
         assert "Traceback" not in done.stderr
+
+
+def test_sigterm__saves_the_state_exits_with_143_and_the_same_command_goes_on(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = configure(folder, images)
+    # Nothing else saves before the end, and the end is far: what is found afterwards is what the signal saved.
+    settings = ["--set", "checkpoint.save_frequency=1000", "--set", "training.epochs=400"]
+    lines = folder / "logs" / "hjepa" / "metrics.jsonl"
+    with subprocess.Popen(
+        command(config, *settings), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not lines.exists() or len(lines.read_text().splitlines()) < 3:
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 143, said
+    told = re.search(r"error: SIGTERM at step (\d+) of 2134: the state is saved, the run can be resumed", said)
+    assert told, said
+    assert "Traceback" not in said
+    content = read_checkpoint(folder / "checkpoints" / LATEST)
+    step = int(told[1])
+    assert content["step"] == step >= 3
+    # A shorter run would be another one; this one is told to stop once more.
+    with subprocess.Popen(
+        command(config, *settings), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as again:
+        assert again.stdout is not None
+        shown = next(line for line in again.stdout if line.startswith("resumed from"))
+        assert shown.endswith(f"{LATEST} at step {step} of 2134\n")
+        next(line for line in again.stdout if line.startswith("epoch "))
+        again.send_signal(signal.SIGTERM)
+        again.communicate(timeout=60)
+    assert again.returncode == 143
+    assert read_checkpoint(folder / "checkpoints" / LATEST)["step"] > step
 
 
 def test_resume__after_three_sigkills_equals_the_uninterrupted_run_bit_for_bit(images: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 # What evaluation measures of a readout, and what the probe measures during training.
-COLLAPSE_MEASURES = ("std", "rankme", "cosine")
+COLLAPSE_MEASURES = ("std", "rankme", "cosine", "norm")
 MEASURES = ("knn_top1", "linear_top1", *COLLAPSE_MEASURES)
 Range = tuple[Positive, Positive]
 

@@ -22,7 +22,7 @@ from hjepa.models import HierarchicalEncoder, HJEPAModel
 from hjepa.trainers import HJEPATrainer, TrainingResult, create_optimizer
 from hjepa.trainers.trainer import Loader, Probe
 from hjepa.utils.checkpoint import SavedCheckpoint
-from hjepa.utils.collapse import collapse_metrics
+from hjepa.utils.collapse import collapse_of_levels
 from hjepa.utils.logging import MetricsLogger, append_json_line, say
 
 
@@ -145,18 +145,13 @@ def make_probe(config: Config, images: ShardDataset, dataset: Mapping[str, Any],
     mean, std = dataset["statistics"]["mean"], dataset["statistics"]["std"]
     pairs = list(eval_batches(config, images, count))  # small, and read once instead of every epoch
     labels = torch.cat([label for _, label in pairs]) if labelled else None
-    levels = {"all": "collapse"} | {str(level): f"collapse/level_{level}" for level in range(config.model.num_levels)}
 
     def probe(vit: nn.Module) -> dict[str, float]:
         encoder = HierarchicalEncoder(vit, num_levels=config.model.num_levels)  # type: ignore[arg-type]
         device = next(vit.buffers()).device
         parts = [encoder.embed(normalize(batch.to(device), mean, std)) for batch, _ in pairs]
-        tables = {level: torch.cat([part[level] for part in parts]).float().cpu() for level in levels}
-        found = {
-            f"{prefix}/{name}": value
-            for level, prefix in levels.items()
-            for name, value in collapse_metrics(tables[level][:bank]).items()
-        }
+        tables = {level: torch.cat([part[level] for part in parts]).float().cpu() for level in parts[0]}
+        found = collapse_of_levels({level: table[:bank] for level, table in tables.items()})
         if labels is not None and len(labels) > bank:
             scores = knn.evaluate(
                 tables["all"][:bank],

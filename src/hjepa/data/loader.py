@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
-import sys
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +28,7 @@ from hjepa.data.transforms import (
     train_view,
     view_rng,
 )
+from hjepa.data.workers import begin
 from hjepa.errors import HjepaError, UserError
 
 Fetch = Callable[[str], Path]
@@ -38,7 +36,6 @@ Fetch = Callable[[str], Path]
 
 MEMORY_BUDGET_BYTES = 256_000_000  # decoded sets up to this size are held in memory
 PREFETCHED_BATCHES = 2
-PR_SET_PDEATHSIG = 1
 
 T = TypeVar("T")
 
@@ -260,6 +257,11 @@ class TrainLoader:
     def num_samples(self) -> int:
         return len(self.dataset)
 
+    @property
+    def digest(self) -> str:
+        """Of the images and labels; a run cannot go on with others."""
+        return str(self.dataset.manifest["digest"])
+
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 views (B, C, S, S) -> float32 by the data set's own mean and deviation, on the device they are on.
 
@@ -423,12 +425,7 @@ class _Numbered(Dataset[Any]):
 def _start_worker(worker: int, *, parent: int) -> None:
     # SIGTERM or Ctrl-C for the whole group is for training to act on, which needs batches until its state is saved.
     os.setpgid(0, 0)
-    if sys.platform == "linux":
-        # A worker that waits on a full pipe, which it holds open itself, would outlive a killed parent. The signal
-        # comes when the thread ends that asked for the first batch.
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
+    begin(parent)
 
 
 def _identity(batch: T) -> T:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import hashlib
 import json
@@ -13,7 +12,6 @@ import platform
 import re
 import shutil
 import signal
-import sys
 import tempfile
 import time
 import warnings
@@ -34,12 +32,12 @@ from hjepa.config import DataConfig, sha256_json
 from hjepa.data.images import DECODE_ERRORS, RejectedError, decode
 from hjepa.data.shards import ShardWriter, StoredFile
 from hjepa.data.sources import MIN_TRAIN_IMAGES, Source, Split, require_train_images
+from hjepa.data.workers import begin
 from hjepa.errors import HjepaError, UserError
 
 FORMAT = 1  # raised when the same images would give other shards
 REPORT = "quarantine.jsonl"
 REPORT_SECONDS = 1.0
-PR_SET_PDEATHSIG = 1
 SCRATCH_NAME = re.compile(r"prepare-(?P<pid>\d+)-(?P<started>\d+)-(?P<host>.+)-[^-]+")
 CLOCK_TOLERANCE_SECONDS = 5.0  # start times are read off a clock that may have been set in between
 
@@ -283,11 +281,7 @@ def _start_worker(splits: Mapping[str, Split], data: DataConfig, parent: int) ->
     _task = _Task(splits, data)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform == "linux":
-        # Workers wait on a pipe that they hold open themselves: without this they would outlive a killed parent.
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
+    begin(parent)
     warnings.simplefilter("ignore")  # what matters is in the quarantine report
     Image.MAX_IMAGE_PIXELS = None  # data.max_pixels takes its place
 

@@ -56,7 +56,7 @@ def create_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
             raise
         raise UserError(
             "training.optimizer=lars: its library pytorch-optimizer is not installed here; "
-            "pip install 'hjepa[lars]', or use training.optimizer=sgd"
+            "pip install pytorch-optimizer, or use training.optimizer=sgd"
         ) from None
     return LARS(groups, lr=training.lr, momentum=momentum)
 

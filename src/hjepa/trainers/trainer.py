@@ -26,18 +26,19 @@ from hjepa.distributed import World
 from hjepa.errors import FutileRetryError, PreemptedError, UserError
 from hjepa.losses import HierarchicalLoss
 from hjepa.masks import MultiBlockMasking
-from hjepa.models import HJEPAModel, MaskTensors
+from hjepa.models import HierarchicalEncoder, HJEPAModel, MaskTensors
 from hjepa.trainers import incidents, parallel
 from hjepa.trainers.optim import set_hyperparameters
 from hjepa.trainers.readout import Readout
 from hjepa.trainers.step import LOSS, NORM, SKIPPED, STOP, TrainStep, move, rows_of
 from hjepa.utils.checkpoint import CheckpointManager, SavedCheckpoint, read_checkpoint
-from hjepa.utils.collapse import CollapseMonitor
+from hjepa.utils.collapse import CollapseMonitor, collapse_of_levels
 from hjepa.utils.logging import MetricsLogger, ProgressLine, ProgressTracker, format_seconds, say, warn
 from hjepa.utils.scheduler import create_ema_scheduler, create_lr_scheduler, create_weight_decay_scheduler
 
 MAX_OVERFLOWS = 50  # float16 steps in a row that are skipped while the loss scale comes down, by halves
-LINEAGE = ("seed", "model.", "masking.", "loss.", "training.", "data.image_size", "data.channels", "data.crop_scale")
+VIEWS = tuple(f"data.{key}" for key in ("image_size", "channels", "crop_scale", "horizontal_flip"))
+LINEAGE = ("seed", "model.", "masking.", "loss.", "training.", *VIEWS)
 # May change on resume: where and how fast the same steps are taken, not which.
 ELASTIC = tuple(
     f"training.{key}"
@@ -114,7 +115,8 @@ class HJEPATrainer:
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``.
         resume_checkpoint: A checkpoint's path, ``"auto"`` for the newest good one in the checkpoint folder, or None.
         logger: Where metrics go; the default writes what ``config.logging`` asks for. Only the main rank logs.
-        probe: Measures the target encoder between epochs, for instance ``{"collapse/rankme": ...}``.
+        probe: Measures the target encoder between epochs, for instance ``{"collapse/rankme": ...}``; the default
+            measures collapse on the training loader's first images.
         on_saved: Called after each checkpoint is durable, off the training thread, on the main rank.
     """
 
@@ -142,7 +144,7 @@ class HJEPATrainer:
         distributed.init(self.world, self.device)
         self.train_loader, self.val_loader = train_loader, val_loader
         self.masking_fn = masking_fn
-        self.probe = probe
+        self.probe = probe or self._collapse_probe
         self.resume_checkpoint = resume_checkpoint
 
         self.amp_dtype = distributed.amp_dtype(self.device, training.amp_dtype) if training.use_amp else None
@@ -197,7 +199,7 @@ class HJEPATrainer:
             config.checkpoint.checkpoint_dir,
             keep_best_n=config.checkpoint.keep_best_n,
             save_frequency=config.checkpoint.save_frequency,
-            metric_name=config.checkpoint.metric,
+            metric_name="collapse/rankme" if config.checkpoint.metric == "auto" else config.checkpoint.metric,
             mode=config.checkpoint.mode,
             on_saved=on_saved,
         )
@@ -217,6 +219,7 @@ class HJEPATrainer:
         self.measured: dict[str, float] = {}  # what was measured at this very step
         self.window: dict[str, float] = {}  # sums over the steps since the last log line, and their "count"
         self.readout: Readout[Batch] = Readout(self.device)
+        self._probe_images: list[Tensor] = []
         self._incidents = 0
         self._saved_step: int | None = None
         self._signal: int | None = None
@@ -305,7 +308,8 @@ class HJEPATrainer:
                 self._log(now, progress, line, waited)
                 waited = 0.0
             if self._epoch(self.step) > self._epoch(self.step - 1) or self.step == self.total_steps:
-                self._end_of_epoch(batch)
+                progress.step(self.step)
+                self._end_of_epoch(batch, progress)
             if self._told_to_stop and self.step < self.total_steps:
                 self._stop()
 
@@ -347,7 +351,8 @@ class HJEPATrainer:
             raise _RewoundError
         raise FutileRetryError(
             f"{cause}{', after a rewind' if self.rewinds else ', and there is no checkpoint to go back to'}. "
-            "Look at the batches with hjepa replay; lower training.lr, or turn training.use_amp off, and resume."
+            "Look at the batches with hjepa replay. Resume with training.use_amp=false, or start anew with a lower "
+            "training.lr in another checkpoint.checkpoint_dir (in a pipeline: another name of the run)."
         )
 
     def _write_incident(self, batch: Batch) -> Path | None:
@@ -439,22 +444,26 @@ class HJEPATrainer:
             f"ETA {format_seconds(progress.get_eta())}",
         )
 
-    def _end_of_epoch(self, batch: Batch) -> None:
-        """Measure the representation, act on collapse, save."""
+    def _end_of_epoch(self, batch: Batch, progress: ProgressTracker) -> None:
+        """Sum up, measure the representation, act on collapse, save."""
         self._read(all=True)
+        took = progress.epoch_summary(self.config.training.batch_size)
+        if self.world.is_main:
+            rate = "" if took.images_per_second is None else f", {took.images_per_second:.0f} images/s"
+            say(f"  epoch {self._epoch(self.step)}: {took.steps} steps in {format_seconds(took.seconds)}{rate}")
         save = self._due(self.step, self.config.checkpoint.save_frequency)
         # What is saved is measured too: a checkpoint without a metric cannot be the best one.
         if save or self._due(self.step, self.config.collapse.frequency):
             if self.val_loader is not None:
                 self._validate(self.val_loader)
-            if self.probe is not None:
-                self._measure(self.probe)
+            self._measure()
         if self._picture_due(self.step):
             self._draw(batch)
         if save:
             self._save()
         self._stop_if_collapsed()
         self.measured = {}
+        progress.start_epoch(self._epoch(self.step))  # what was measured and saved is not the next epoch's time
 
     @torch.no_grad()
     def _validate(self, loader: Loader) -> None:
@@ -471,13 +480,13 @@ class HJEPATrainer:
         if self.world.is_main:
             self.logger.log_metrics(found, self.images_seen)
 
-    def _measure(self, probe: Probe) -> None:
+    def _measure(self) -> None:
         self.core.target_encoder.eval()
         found: dict[str, float] = {}
         # A sharded encoder can only run on all ranks together.
         if self.world.is_main or parallel.is_sharded(self.model):
             with torch.no_grad():
-                found = probe(self.core.target_encoder)
+                found = self.probe(self.core.target_encoder)
         self.model.train()
         found = distributed.broadcast_object(found, self.world)
         self.measured |= found
@@ -488,6 +497,19 @@ class HJEPATrainer:
         say("  " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
         if diagnosis:
             warn(diagnosis)
+
+    def _collapse_probe(self, target_encoder: nn.Module) -> dict[str, float]:
+        """Collapse measures of each level and of all of them, on this rank's first training images."""
+        encoder = HierarchicalEncoder(target_encoder, num_levels=self.core.num_levels)  # type: ignore[arg-type]
+        if not self._probe_images:
+            share = self.config.training.batch_size // self.world.size
+            wanted = min(self.config.collapse.probe_samples, self.train_loader.num_samples // self.world.size)
+            for batch in self.train_loader.batches(0, -(-wanted // share)):
+                self._probe_images.append(batch.images)
+        parts = [encoder.embed(self.train_loader.normalize(i.to(self.device))) for i in self._probe_images]
+        count = self.config.collapse.probe_samples
+        tables = {level: torch.cat([part[level] for part in parts])[:count].float().cpu() for level in parts[0]}
+        return collapse_of_levels(tables)
 
     def _draw(self, batch: Batch) -> None:
         """Pictures of the masks and of what is predicted, and how weights and gradients are spread."""
@@ -520,7 +542,8 @@ class HJEPATrainer:
         raise FutileRetryError(
             f"{self.collapse.diagnosis}, up to step {self.step}. Training is stopped as collapse.action=stop asks. "
             "A faster target (lower model.ema.momentum), a smaller training.lr, larger masks or a regularizer "
-            "(loss.regularizer.name) usually help; start again with another name of the run."
+            "(loss.regularizer.name) usually help; start anew in another checkpoint.checkpoint_dir (in a pipeline: "
+            "with another name of the run)."
         )
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
@@ -535,12 +558,15 @@ class HJEPATrainer:
         if not self.world.is_main or weights is None:
             return
         scaler = self.train_step.scaler
+        # A collapsed encoder can have a high rank or k-NN score, for neither knows a scale. It is never the best.
+        found, ranked = self.metrics | self.measured, self.checkpoints.metric_name
+        disqualified = self.collapse.strikes > 0
         self.checkpoints.save_checkpoint(
             epoch=self._epoch(self.step),
             model=weights,
             optimizer=moments,
             scaler=scaler if scaler.is_enabled() else None,
-            metrics=self.metrics | self.measured,
+            metrics={name: value for name, value in found.items() if not disqualified or name != ranked},
             step=self.step,
             state={
                 "config": dump_yaml(self.config),
@@ -590,7 +616,9 @@ class HJEPATrainer:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self._saved_step = self.step
         if self.world.is_main:
-            say(f"resumed from {head['path']} at step {self.step} of {self.total_steps}")
+            there = state.get("world_size", self.world.size)
+            elsewhere = "" if there == self.world.size else f" (saved by {there} rank{'s' if there > 1 else ''})"
+            say(f"resumed from {head['path']} at step {self.step} of {self.total_steps}{elsewhere}")
 
     def _barrier(self) -> None:
         distributed.broadcast_object(None, self.world)
@@ -598,19 +626,22 @@ class HJEPATrainer:
     @property
     def lineage(self) -> dict[str, Any]:
         """Everything that decides where the next step leads; a checkpoint of another lineage cannot be resumed."""
-        return lineage(self.config) | {"images": self.train_loader.num_samples}
+        data = {"images": self.train_loader.num_samples, "images' digest": getattr(self.train_loader, "digest", None)}
+        return lineage(self.config) | data
 
     def _require_same_lineage(self, path: Path, theirs: Mapping[str, Any]) -> None:
         ours = self.lineage
         # A key that did not exist when the checkpoint was written had what is the default now.
-        theirs = lineage(Config()) | {key: value for key, value in theirs.items() if key in ours}
+        past = lineage(Config()) | {"images' digest": ours["images' digest"]}
+        theirs = past | {key: value for key, value in theirs.items() if key in ours}
         different = [
             f"{key}: {theirs.get(key)} there, {ours[key]} here" for key in sorted(ours) if theirs.get(key) != ours[key]
         ]
         if different:
             raise UserError(
                 f"{path} was trained with other settings, and going on would mix two experiments. "
-                "Use the settings it was trained with, or another name of the run.\n  " + "\n  ".join(different)
+                "Use the settings it was trained with, or another checkpoint.checkpoint_dir (in a pipeline: another "
+                "name of the run).\n  " + "\n  ".join(different)
             )
 
     def _describe(self) -> None:

@@ -324,6 +324,9 @@ class CheckpointManager:
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
         best = self.is_better(metrics) if is_best is None else is_best
         path = self.checkpoint_dir / f"checkpoint_epoch_{epoch:04d}.pth"
+        if any(name == path.name and ranked != step for _, name, ranked in self.ranking):
+            # Stopped within the next epoch: the file of the epoch's end may be one of the best.
+            path = path.with_stem(f"{path.stem}_step_{step:08d}")
         before, value = self.ranking, metrics.get(self.metric_name)
         ranking = before
         if value is not None and value == value:

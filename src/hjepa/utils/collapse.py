@@ -45,11 +45,30 @@ def mean_cosine(z: Tensor) -> float:
     return float((unit.sum(0).square().sum() - unit.square().sum()) / (n * (n - 1)))
 
 
+def mean_norm(z: Tensor) -> float:
+    """Mean L2 norm of the embeddings ``z`` (n, D)."""
+    return float(z.norm(dim=1).mean())
+
+
 def collapse_metrics(z: Tensor) -> dict[str, float]:
-    """The three measures of pooled embeddings (n, D) of different images; NaN where an embedding is not finite."""
-    if not z.isfinite().all():
-        return {"std": math.nan, "rankme": math.nan, "cosine": math.nan}
-    return {"std": embedding_std(z), "rankme": effective_rank(z), "cosine": mean_cosine(z)}
+    """The measures of pooled embeddings (n, D) of different images; NaN where an embedding is not finite."""
+    measures = {"std": embedding_std, "rankme": effective_rank, "cosine": mean_cosine, "norm": mean_norm}
+    finite = bool(z.isfinite().all())
+    return {name: measure(z) if finite else math.nan for name, measure in measures.items()}
+
+
+def collapse_of_levels(embeddings: Mapping[str, Tensor]) -> dict[str, float]:
+    """The measures as a probe reports them: "collapse/std" of the readout "all", "collapse/level_0/std" of level "0".
+
+    Args:
+        embeddings: (n, D) by readout, as ``HierarchicalEncoder.embed`` returns them.
+    """
+    return {
+        f"collapse/{'' if readout == 'all' else f'level_{readout}/'}{name}": value
+        for readout, z in embeddings.items()
+        if readout == "all" or readout.isdigit()
+        for name, value in collapse_metrics(z).items()
+    }
 
 
 @dataclass
