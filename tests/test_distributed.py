@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import signal
 import time
@@ -25,12 +26,13 @@ from hjepa import distributed
 from hjepa.cli import main
 from hjepa.config import Config, load_config
 from hjepa.data import create_dataloaders
-from hjepa.errors import FutileRetryError
+from hjepa.errors import FutileRetryError, PreemptedError
 from hjepa.models import HJEPAModel
 from hjepa.trainers import parallel
 from hjepa.trainers.incidents import replay
-from hjepa.training import build_trainer, train_alone
-from hjepa.utils.checkpoint import LATEST, read_checkpoint
+from hjepa.training import build_trainer, choose_metric, make_probe, train_alone
+from hjepa.utils.checkpoint import LATEST, read_checkpoint, read_header
+from hjepa.utils.logging import MetricsLogger
 from tests import ranks, test_train_alone
 from tests.test_train_alone import equal
 
@@ -43,7 +45,7 @@ SETTINGS = (
     "training.use_amp=false",
     "model.ema.momentum=0.9",
     "logging.log_frequency=1",
-    "logging.picture_frequency=0",  # pictures show the main rank's images
+    "logging.picture_frequency=0",  # pictures show the main rank's images; ``interrupt`` draws them
 )
 COLLAPSE = ("collapse.action=stop", "collapse.min_rank=16", "collapse.patience=1", "collapse.frequency=1")
 EPOCH_1 = "checkpoint_epoch_0001.pth"  # of step 6, in the middle of everything: an epoch is 5.33 steps
@@ -124,6 +126,62 @@ def diverge(config: Config, rank: int) -> dict[str, Any]:
     return found
 
 
+class Stopping:
+    """The real loader; this process gets SIGTERM together with the batch of one step."""
+
+    def __init__(self, loader: Any, step: int | None):
+        self.loader, self.step = loader, step
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def batches(self, start: int, *arguments: Any) -> Iterator[Any]:
+        for step, batch in enumerate(self.loader.batches(start, *arguments), start):
+            if step == self.step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+
+class Seen:
+    """Everything but scalars that is logged: what, and how many values a histogram has, by (images seen, name)."""
+
+    def __init__(self) -> None:
+        self.pictures: set[tuple[int, str]] = set()
+        self.counts: dict[tuple[int, str], int] = {}
+
+    def log(self, metrics: Any, step: int) -> None: ...
+
+    def log_image(self, name: str, picture: Any, step: int) -> None:
+        self.pictures.add((step, name))
+
+    def log_histogram(self, name: str, counts: Any, edges: Any, step: int) -> None:
+        self.counts[step, name] = int(sum(counts))
+
+
+def interrupt(config: Config, rank: int) -> dict[str, Any]:
+    """A training with pictures of which this rank gets SIGTERM in the last step of an epoch, then in the middle of the
+    next one, and which is resumed each time."""
+    main_rank = distributed.World.from_environment().is_main
+    stops, seen = [], Seen()
+    for step in (5, 7, None):
+        loader, val_loader = create_dataloaders(config)
+        images = loader.dataset
+        trainer = build_trainer(
+            choose_metric(config, labelled=True),
+            Stopping(loader, step if loader.rank == rank else None),
+            val_loader,
+            device="cpu",
+            resume="auto",
+            logger=MetricsLogger("stopped", config.logging.log_dir, config, sinks=[seen] if main_rank else []),
+            probe=make_probe(config, images, images.manifest, True),
+        )
+        with contextlib.suppress(PreemptedError):
+            trainer.train()
+        distributed.close()
+        stops.append(trainer.step)
+    return {"stops": stops, "pictures": seen.pictures, "counts": seen.counts}
+
+
 def visits(config: Config) -> list[tuple[int, int]]:
     """(epoch, sample) of every image that this rank's loader gives in three epochs."""
     loader, _ = create_dataloaders(config)
@@ -139,6 +197,14 @@ def command(arguments: list[str]) -> tuple[int, str]:
     return code, errors.getvalue()
 
 
+def resumed(arguments: list[str]) -> str:
+    """The line of the main rank that says what ``hjepa ARGUMENTS`` went on from; "" on the others."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        assert main(arguments) == 0
+    return "\n".join(line for line in output.getvalue().splitlines() if "resumed from" in line)
+
+
 def two_ranks(folder: Path) -> dict[str, Any]:
     place = Place(folder)
     found: dict[str, Any] = {}
@@ -147,8 +213,13 @@ def two_ranks(folder: Path) -> dict[str, Any]:
     for run, mode, other in (("ddp from fsdp", "ddp", "fsdp"), ("fsdp from ddp", "fsdp", "ddp")):
         settings = (f"training.parallel={mode}", "training.accumulation_steps=2", "data.num_workers=0")
         assert main(place.arguments(run, *settings, resume=place.checkpoint(other, EPOCH_1))) == 0
-    assert main(place.arguments("one then two", resume=place.checkpoint("one", EPOCH_1))) == 0
-    assert main(place.arguments("preempted")) == 0
+    found["resumed"] = [
+        resumed(place.arguments("one then two", resume=place.checkpoint("one", EPOCH_1))),
+        resumed(place.arguments("preempted")),
+    ]
+    for mode in MODES:
+        settings = (f"training.parallel={mode}", "data.num_workers=0", "logging.picture_frequency=1")
+        found[f"{mode} stopped"] = interrupt(place.load(f"{mode} stopped", *settings), rank=1)
     found["mistakes"] = [
         command(place.arguments("mistake", resume=folder / "none.pth")),
         command(place.arguments("mistake", "training.batch_size=13")),
@@ -163,15 +234,35 @@ def two_ranks(folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(scope="module")
-def preempted(place: Place) -> tuple[str, dict[str, Any]]:
-    """What two ranks printed of which one got SIGTERM, and the checkpoint that they left. They prepare the images."""
-    with ranks.torchrun(["-m", "hjepa", *place.arguments("preempted")], cwd=place.folder) as job:
-        job.wait_for(f"step 2/{STEPS}", 120)
-        job.rank(1).send_signal(signal.SIGTERM)
+def preempt(place: Place, run: str, mode: str) -> tuple[str, dict[str, Any]]:
+    """What two ranks printed of which one got SIGTERM after step 7, and the checkpoint that they left.
+
+    An idle machine takes all steps before a test has read of the first. So one rank, which the other one waits for in
+    every step, runs 5 ms at a time, until the signal is on its way.
+    """
+    arguments = place.arguments(run, f"training.parallel={mode}")
+    with ranks.torchrun(["-m", "hjepa", *arguments], cwd=place.folder) as job:
+        job.wait_for(f"2 ranks ({mode})", 120)
+        rank = job.rank(1)
+        job.wait_for(f"step 1/{STEPS}", 120)
+        end = time.monotonic() + 60
+        while f"step 7/{STEPS}" not in job.output:
+            assert time.monotonic() < end, job.output
+            rank.resume()
+            time.sleep(0.005)
+            rank.suspend()
+            time.sleep(0.015)
+        rank.send_signal(signal.SIGTERM)
+        rank.resume()
         assert job.wait(120) == 1  # torchrun's own
         said = job.output
-    return said, read_checkpoint(place.checkpoint("preempted"))
+    return said, read_checkpoint(place.checkpoint(run))
+
+
+@pytest.fixture(scope="module")
+def preempted(place: Place) -> tuple[str, dict[str, Any]]:
+    """``preempt`` with ddp, before anything else: these ranks prepare the images."""
+    return preempt(place, "preempted", "ddp")
 
 
 @pytest.fixture(scope="module")
@@ -264,11 +355,27 @@ def test_resume__in_the_other_mode_with_two_micro_batches_or_from_one_rank_goes_
 
 @pytest.mark.parametrize("mode", MODES)
 def test_resume__of_two_ranks_by_one_goes_on_the_same(
-    mode: str, place: Place, alone: dict[tuple[int, str], float], together: object
+    mode: str,
+    place: Place,
+    alone: dict[tuple[int, str], float],
+    together: object,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = f"{mode} then one"
     train_alone(place.load(run), resume=place.checkpoint(mode, EPOCH_1))
+    assert re.search(r"resumed from .*\(saved by 2 ranks\)", capsys.readouterr().out)
     assert_same_course(place.journal(run), alone, start=6)
+
+
+def test_resume__says_by_how_many_ranks_it_was_saved_where_they_are_not_as_many(
+    together: list[dict[str, Any]],
+) -> None:
+    (one_then_two, two_then_two), other_rank = (found["resumed"] for found in together)
+    assert "at step 6 of 16" in one_then_two
+    assert "(saved by 1 rank)" in one_then_two
+    assert "resumed from" in two_then_two
+    assert "saved by" not in two_then_two
+    assert other_rank == ["", ""]
 
 
 def test_sampler__gives_every_image_once_per_epoch_to_one_of_the_ranks(together: list[dict[str, Any]]) -> None:
@@ -285,24 +392,83 @@ def exit_codes(said: str) -> list[int]:
     return [int(code) for code in re.findall(r"exitcode +: (-?\d+)", said)]
 
 
+@pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_sigterm__to_one_rank_saves_one_checkpoint_and_all_exit_143(
-    place: Place, preempted: tuple[str, dict[str, Any]]
+    mode: str, place: Place, preempted: tuple[str, dict[str, Any]]
 ) -> None:
-    said, content = preempted
+    said, content = preempted if mode == "ddp" else preempt(place, "preempted fsdp", mode)
     assert exit_codes(said) == [143, 143]
     told = re.findall(r"error: (.*) at step (\d+) of 16: the state is saved", said)
     assert sorted(told) == [("SIGTERM", str(content["step"])), ("another rank's signal", str(content["step"]))]
-    assert 2 < content["step"] < STEPS
+    assert 7 < content["step"] < 11  # in the middle of the second epoch, while one file is ranked
     assert content["state"]["world_size"] == 2
+
+
+def assert_same_state(place: Place, run: str, straight: str) -> None:
+    """Two runs have come to the same state bit for bit."""
+    a, b = (read_checkpoint(place.checkpoint(name)) for name in (straight, run))
+    for part in ("step", "model", "optimizer", "metrics"):
+        assert equal(deterministic(a[part]), deterministic(b[part])), part
+
+
+def assert_same_ranking(place: Place, run: str, straight: str) -> None:
+    """The same files are ranked, and each holds the step that it is ranked for."""
+    for name in (straight, run):
+        ranked = read_header(place.checkpoint(name))["ranking"]
+        assert sorted(step for _, _, step in ranked) == [6, 11, 16]
+        assert ranked == read_header(place.checkpoint(straight))["ranking"]
+        for _, file, step in ranked:
+            assert read_header(place.checkpoint(name, file))["step"] == step, (name, file)
+
+
+def deterministic(part: Any) -> Any:
+    if not isinstance(part, dict):
+        return part
+    return {key: value for key, value in part.items() if not str(key).startswith("perf/")}
 
 
 def test_resume__after_sigterm_equals_the_uninterrupted_run_bit_for_bit(
     place: Place, preempted: tuple[str, dict[str, Any]], together: object
 ) -> None:
-    straight, resumed = (read_checkpoint(place.checkpoint(run)) for run in ("ddp", "preempted"))
-    for part in ("step", "model", "optimizer"):
-        assert equal(straight[part], resumed[part]), part
+    assert_same_state(place, "preempted", "ddp")
+    assert_same_ranking(place, "preempted", "ddp")
     assert place.journal("preempted") == place.journal("ddp")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_resume__after_sigterm_at_the_end_of_an_epoch_and_in_the_middle_with_pictures_changes_no_bit(
+    mode: str, place: Place, together: list[dict[str, Any]]
+) -> None:
+    assert [found[f"{mode} stopped"]["stops"] for found in together] == [[6, 8, STEPS]] * 2
+    assert_same_state(place, f"{mode} stopped", mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ranking__after_sigterm_at_the_end_of_an_epoch_and_in_the_middle_is_the_uninterrupted_runs(
+    mode: str, place: Place, together: object
+) -> None:
+    assert_same_ranking(place, f"{mode} stopped", mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pictures__on_two_ranks_are_the_main_ranks_and_histograms_of_its_part(
+    mode: str, place: Place, together: list[dict[str, Any]]
+) -> None:
+    main_rank, other = (found[f"{mode} stopped"] for found in together)
+    assert (other["pictures"], other["counts"]) == (set(), {})
+    drawn = {12 * 6, 12 * 11, 12 * STEPS}
+    names = {"masks", "predictions/maps", "predictions/neighbours"} if mode == "ddp" else set()
+    assert main_rank["pictures"] == {(step, name) for step in drawn for name in names}
+    assert {step for step, _ in main_rank["counts"]} == drawn
+    model = HJEPAModel(place.load(mode))
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    for step in drawn:
+        for kind in ("weights", "gradients"):
+            counts = {n: main_rank["counts"].get((step, f"{kind}/{n}")) for n in trained}
+            for name, value in trained.items():
+                # fully_shard deals out the rows, the first ranks get the larger part.
+                rows = -(-len(value) // 2) if mode == "fsdp" else len(value)
+                assert counts[name] == value.numel() // len(value) * rows, (step, kind, name)
 
 
 @pytest.fixture(scope="module")
@@ -368,8 +534,11 @@ def test_mistake__shows_no_traceback_of_a_rank_under_torchrun(place: Place) -> N
     assert said.count("Traceback") == 1  # torchrun's own
 
 
-def test_sigkill__of_one_rank_ends_the_job_fast_and_leaves_no_process(place: Place, together: object) -> None:
-    arguments = place.arguments("killed", "training.epochs=100", "training.parallel=fsdp")
+@pytest.mark.parametrize("mode", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+def test_sigkill__of_one_rank_ends_the_job_fast_and_leaves_no_process(
+    mode: str, place: Place, together: object
+) -> None:
+    arguments = place.arguments(f"{mode} killed", "training.epochs=100", f"training.parallel={mode}")
     with ranks.torchrun(["-m", "hjepa", *arguments], cwd=place.folder) as job:
         job.wait_for("step 3/", 120)
         family = psutil.Process(job.process.pid).children(recursive=True)

@@ -1,4 +1,4 @@
-"""What the trainer promises step by step: schedules, progress, precision, exact state, late reading, refused resumes."""
+"""What the trainer promises at each step: schedules, progress, precision, state, late reading, refused resumes."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_schedules__reach_the_optimizer_the_target_and_the_loss_at_every_step(
     assert numbers == list(range(ALL))
     assert [group["decayed"] for group in trainer.optimizer.param_groups] == [True, False]
     # What a schedule that is off by a step, or another one's, would not give; 4 steps of warm-up.
-    assert expected[0] == Schedules(0.0, 0.05, 0.9)
+    assert expected[0] == pytest.approx(Schedules(0.0, 0.05, 0.9))
     assert expected[2].lr == pytest.approx(5e-4)
     assert expected[-1] == pytest.approx(Schedules(1e-6, 0.4, 1.0))
     assert len({now.momentum for now in expected}) == len({now.weight_decay for now in expected}) == ALL

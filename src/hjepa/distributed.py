@@ -143,6 +143,10 @@ def pick_device(name: str, world: World) -> torch.device:
                 f"training.device={name}: no CUDA device is visible here; "
                 "use training.device=cpu, or run on a node with an NVIDIA GPU and its driver"
             )
+        if device.index is not None and world.size > 1:
+            raise UserError(
+                f"training.device={name}: {world.size} ranks cannot share one GPU; use training.device=cuda"
+            )
         index = device.index if device.index is not None else world.local_rank
         if index >= torch.cuda.device_count():
             raise UserError(f"training.device={name}: this machine has {torch.cuda.device_count()} CUDA devices")

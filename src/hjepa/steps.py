@@ -14,6 +14,7 @@ import gc
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -582,7 +583,7 @@ class CheckpointUploads:
     def best(self, metric: str, mode: str) -> Json:
         """The manifest to go on with: the best by ``metric``, the newest where none has it."""
         manifests = self.manifests()
-        ranked = [item for item in manifests if metric in item["metrics"]]
+        ranked = [item for item in manifests if not math.isnan(item["metrics"].get(metric, math.nan))]
         if not ranked:
             warn(f"no checkpoint has the metric {metric}; the newest one is taken")
             return manifests[-1]
@@ -606,6 +607,7 @@ class NewOnly:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         new = {name: value for name, value in metrics.items() if (step, name) not in self.logged}
         if new:
+            self.logged |= {(step, name) for name in new}  # training may go back to a checkpoint
             self.stream.log(new, step)
 
     def log_image(self, name: str, image: NDArray[np.uint8], step: int) -> None:

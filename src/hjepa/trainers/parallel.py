@@ -238,7 +238,7 @@ def scatter_state(
     }
     # How this optimiser is computed is no part of the state: it depends on the mode.
     groups = [
-        group | {key: own[key] for key in ("fused", "foreach") if key in own}
+        group | {key: own[key] for key in ("fused", "foreach", "decayed") if key in own}
         for group, own in zip(outline[1]["param_groups"], optimizer.param_groups, strict=True)
     ]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -8,7 +8,7 @@ moves nothing) is decided on the device.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 
 import torch
@@ -93,17 +93,16 @@ class TrainStep:
         """
         self.optimizer.zero_grad(set_to_none=True)
         images, masks = images.to(self.device, non_blocking=True), move(masks, self.device)
-        count, k = len(images), self.accumulation_steps
-        edges = [count * i // k for i in range(k + 1)]
+        pieces = self.micro_batches(len(images))
         found: list[Tensor] = []
-        for i, (start, end) in enumerate(pairwise(edges)):
-            with parallel.no_sync(self.model, last=i == k - 1):
+        for start, end in pieces:
+            with parallel.no_sync(self.model, last=end == len(images)):
                 loss, parts = self.loss(images[start:end], rows_of(masks, start, end), number)
-                share = (end - start) / count
+                share = (end - start) / len(images)
                 self.scaler.scale(loss * share).backward()  # type: ignore[no-untyped-call]
             found.append(torch.stack([loss.detach(), *parts.values()]) * share)
             self.parts = list(parts)
-        measured = torch.stack(found).sum(0) if k > 1 else found[0]
+        measured = torch.stack(found).sum(0) if len(found) > 1 else found[0]
         told = measured.new_full((1,), float(stop))
         if self.world.size > 1:
             reduced = parallel.all_reduce_mean(torch.cat([told, measured]))
@@ -121,6 +120,15 @@ class TrainStep:
             self.optimizer.zero_grad(set_to_none=True)
         return torch.cat([skipped[None], told, measured[:1], norm[None], measured[1:]])
 
+    def micro_batches(self, count: int) -> list[tuple[int, int]]:
+        """(start, stop) of the parts in which ``count`` images go through the model; none is empty."""
+        k = min(self.accumulation_steps, count)
+        return list(pairwise(count * i // k for i in range(k + 1)))
+
+    def autocast(self) -> AbstractContextManager[None]:
+        amp = self.amp_dtype
+        return torch.autocast(self.device.type, amp) if amp is not None else nullcontext()
+
     def loss(self, images: Tensor, masks: MaskTensors, number: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss () and its detached parts, of images that are on the device."""
         out = self.forward(images, masks)
@@ -128,7 +136,6 @@ class TrainStep:
         return loss, parts
 
     def forward(self, images: Tensor, masks: MaskTensors) -> Forward:
-        amp = self.amp_dtype
-        with torch.autocast(self.device.type, amp) if amp is not None else nullcontext():
+        with self.autocast():
             out: Forward = self.model(self.normalize(images), masks)
         return out

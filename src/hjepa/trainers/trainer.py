@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from hjepa import distributed
 from hjepa.config import Config, dump_yaml, flatten
 from hjepa.distributed import World
-from hjepa.errors import FutileRetryError, PreemptedError, UserError
+from hjepa.errors import FutileRetryError, HjepaError, PreemptedError, UserError
 from hjepa.losses import HierarchicalLoss
 from hjepa.masks import MultiBlockMasking
 from hjepa.models import HierarchicalEncoder, HJEPAModel, MaskTensors
@@ -31,7 +31,7 @@ from hjepa.trainers import incidents, parallel
 from hjepa.trainers.optim import set_hyperparameters
 from hjepa.trainers.readout import Readout
 from hjepa.trainers.step import LOSS, NORM, SKIPPED, STOP, TrainStep, move, rows_of
-from hjepa.utils.checkpoint import CheckpointManager, SavedCheckpoint, read_checkpoint
+from hjepa.utils.checkpoint import CheckpointManager, SavedCheckpoint, good_checkpoints, read_checkpoint
 from hjepa.utils.collapse import CollapseMonitor, collapse_of_levels
 from hjepa.utils.logging import MetricsLogger, ProgressLine, ProgressTracker, format_seconds, say, warn
 from hjepa.utils.scheduler import create_ema_scheduler, create_lr_scheduler, create_weight_decay_scheduler
@@ -214,6 +214,7 @@ class HJEPATrainer:
         )
         self.step = 0  # optimiser steps taken
         self.skipped = 0  # steps in a row whose loss or gradient was not finite
+        self.overflows = 0  # likewise, of gradients that were too large for float16 and its loss scale
         self.rewinds = 0
         self.metrics: dict[str, float] = {}  # the newest value of everything logged
         self.measured: dict[str, float] = {}  # what was measured at this very step
@@ -258,16 +259,15 @@ class HJEPATrainer:
         the main rank is done: torchrun stops the others as soon as one has failed.
         """
         with self._signals(), self.logger:
-            self._restore(self.resume_checkpoint)
-            self._describe()
-            self._stop_if_collapsed()
-            while self.step < self.total_steps:
-                with ProgressLine(self.total_steps, self.step, shown=self.world.is_main) as line:
-                    try:
-                        self._loop(line)
-                    except _RewoundError:
-                        self.readout.clear()
+            try:
+                self._run()
+            except BaseException:
+                with suppress(HjepaError):  # what is on its way to the disk gets there; the first error is the one
+                    self.checkpoints.wait()
+                raise
             self.checkpoints.wait()
+        if self._signal is not None and self.world.size == 1:
+            self._raise_stop()
         distributed.close()  # the main rank's last checkpoint is durable when any rank returns
         latest = self.checkpoints.get_latest_checkpoint()
         return TrainingResult(
@@ -277,6 +277,17 @@ class HJEPATrainer:
             self.images_seen,
             dict(self.metrics),
         )
+
+    def _run(self) -> None:
+        self._restore(self.resume_checkpoint)
+        self._describe()
+        self._stop_if_collapsed()
+        while self.step < self.total_steps:
+            with ProgressLine(self.total_steps, self.step, shown=self.world.is_main) as line:
+                try:
+                    self._loop(line)
+                except _RewoundError:
+                    self.readout.clear()
 
     def _loop(self, line: ProgressLine) -> None:
         progress = ProgressTracker(self.total_steps, self.step)
@@ -322,7 +333,7 @@ class HJEPATrainer:
         for values, batch in self.readout.pop(all=all):
             self._told_to_stop |= values[STOP] > 0
             if not values[SKIPPED]:
-                self.skipped = 0
+                self.skipped = self.overflows = 0
                 names = ["loss", "grad_norm", *self.train_step.parts]
                 for name, value in zip(names, values[LOSS:], strict=True):
                     self.window[name] = self.window.get(name, 0.0) + value
@@ -332,20 +343,23 @@ class HJEPATrainer:
 
     def _not_finite(self, values: list[float], batch: Batch) -> None:
         """A step that was not finite changed nothing; it is written down, and too many of them end the run."""
-        self.skipped += 1
         said = f"step {batch.step}: loss {values[LOSS]:g}, gradient norm {values[NORM]:g}; the step is skipped"
-        overflow = self.train_step.scaler.is_enabled() and np.isfinite(values[LOSS])
-        if overflow:
+        if self.train_step.scaler.is_enabled() and np.isfinite(values[LOSS]):
+            self.overflows += 1
             if self.world.is_main:
                 warn(f"{said}, float16's loss scale comes down")
-            if self.skipped < MAX_OVERFLOWS:
+            if self.overflows < MAX_OVERFLOWS:
                 return
-        else:
-            folder = self._write_incident(batch)
-            if self.world.is_main:
-                warn(f"{said}. Play it again with: hjepa replay {folder}" if folder else said)
-            if self.skipped < self.config.training.max_skipped:
-                return
+            raise FutileRetryError(
+                f"{self.overflows} steps in a row had a gradient too large for float16, up to step {batch.step}. "
+                "Resume with training.amp_dtype=bfloat16 or training.use_amp=false."
+            )
+        self.skipped += 1
+        folder = self._write_incident(batch)
+        if self.world.is_main:
+            warn(f"{said}. Play it again with: hjepa replay {folder}" if folder else said)
+        if self.skipped < self.config.training.max_skipped:
+            return
         cause = f"{self.skipped} steps in a row had a loss or gradient that is not finite, up to step {batch.step}"
         if self.rewinds == 0 and self._rewind(cause):
             raise _RewoundError
@@ -361,17 +375,21 @@ class HJEPATrainer:
         self._incidents += 1
         folder = incidents.folder_of(self.checkpoints.checkpoint_dir / "incidents", batch.step)
         weights, _ = parallel.gather_state(self.model, None)
-        if self.world.is_main:
-            incidents.write_model(folder, self.config, weights or {}, step=self.step)
-        incidents.write_batch(
-            folder,
-            self.world.rank,
-            images=self.train_loader.normalize(batch.images),
-            masks=MaskTensors(*batch.masks),
-            samples=batch.samples,
-            step=batch.step,
-            amp_dtype=self.amp_dtype,
-        )
+        try:
+            if self.world.is_main:
+                incidents.write_model(folder, self.config, weights or {}, step=self.step)
+            incidents.write_batch(
+                folder,
+                self.world.rank,
+                images=self.train_loader.normalize(batch.images),
+                masks=MaskTensors(*batch.masks),
+                samples=batch.samples,
+                step=batch.step,
+                amp_dtype=self.amp_dtype,
+            )
+        except OSError as error:
+            warn(f"step {batch.step} cannot be written down: {error}")
+            return None
         return folder
 
     def _rewind(self, cause: str) -> bool:
@@ -379,7 +397,8 @@ class HJEPATrainer:
 
         def newest() -> Path | None:
             self.checkpoints.wait()
-            return self.checkpoints.find_resumable(warn)
+            found = good_checkpoints(self.checkpoints.checkpoint_dir, warn)
+            return next((path for path, content in found if content["state"]["skipped"] == 0), None)
 
         path = distributed.on_main(newest, self.world)
         if path is None:
@@ -458,7 +477,10 @@ class HJEPATrainer:
                 self._validate(self.val_loader)
             self._measure()
         if self._picture_due(self.step):
-            self._draw(batch)
+            try:
+                self._draw(batch)
+            except Exception as error:  # noqa: BLE001 - a picture is no reason to end a run
+                warn(f"no pictures of step {self.step} ({type(error).__name__}: {error})")
         if save:
             self._save()
         self._stop_if_collapsed()
@@ -470,12 +492,15 @@ class HJEPATrainer:
         """Mean loss over the validation images, with the same masks every time. It watches, it never selects."""
         self.model.eval()
         losses = []
-        for batch in loader.batches(0, loader.num_samples // loader.batch_size, self.masking_fn):
+        steps = loader.num_samples // loader.batch_size
+        for batch in loader.batches(0, steps, self.masking_fn):
             masks = move(MaskTensors(*batch.masks), self.device)
-            loss, _ = self.train_step.loss(batch.images.to(self.device, non_blocking=True), masks)
-            losses.append(loss)
+            images = batch.images.to(self.device, non_blocking=True)
+            for start, end in self.train_step.micro_batches(len(images)):
+                loss, _ = self.train_step.loss(images[start:end], rows_of(masks, start, end))
+                losses.append(loss * (end - start) / len(images))
         self.model.train()
-        found = {"val/loss": float(parallel.all_reduce_mean(torch.stack(losses).mean()))}
+        found = {"val/loss": float(parallel.all_reduce_mean(torch.stack(losses).sum())) / steps}
         self.measured |= found
         if self.world.is_main:
             self.logger.log_metrics(found, self.images_seen)
@@ -485,7 +510,8 @@ class HJEPATrainer:
         found: dict[str, float] = {}
         # A sharded encoder can only run on all ranks together.
         if self.world.is_main or parallel.is_sharded(self.model):
-            with torch.no_grad():
+            sharded = parallel.is_sharded(self.model)  # then the weights come in the dtype of mixed precision
+            with torch.no_grad(), self.train_step.autocast() if sharded else nullcontext():
                 found = self.probe(self.core.target_encoder)
         self.model.train()
         found = distributed.broadcast_object(found, self.world)
@@ -501,14 +527,13 @@ class HJEPATrainer:
     def _collapse_probe(self, target_encoder: nn.Module) -> dict[str, float]:
         """Collapse measures of each level and of all of them, on this rank's first training images."""
         encoder = HierarchicalEncoder(target_encoder, num_levels=self.core.num_levels)  # type: ignore[arg-type]
+        wanted = min(self.config.collapse.probe_samples, self.train_loader.num_samples // self.world.size)
+        share = self.config.training.batch_size // self.world.size
         if not self._probe_images:
-            share = self.config.training.batch_size // self.world.size
-            wanted = min(self.config.collapse.probe_samples, self.train_loader.num_samples // self.world.size)
             for batch in self.train_loader.batches(0, -(-wanted // share)):
-                self._probe_images.append(batch.images)
+                self._probe_images += [batch.images[i:j] for i, j in self.train_step.micro_batches(share)]
         parts = [encoder.embed(self.train_loader.normalize(i.to(self.device))) for i in self._probe_images]
-        count = self.config.collapse.probe_samples
-        tables = {level: torch.cat([part[level] for part in parts])[:count].float().cpu() for level in parts[0]}
+        tables = {level: torch.cat([part[level] for part in parts])[:wanted].float().cpu() for level in parts[0]}
         return collapse_of_levels(tables)
 
     def _draw(self, batch: Batch) -> None:
@@ -571,6 +596,9 @@ class HJEPATrainer:
             state={
                 "config": dump_yaml(self.config),
                 "lineage": self.lineage,
+                "logged": self.metrics,  # without what was measured of these weights alone
+                "ranked_by": [ranked, self.config.checkpoint.mode],
+                "overflows": self.overflows,
                 "images_seen": self.images_seen,
                 "window": self.window,
                 "skipped": self.skipped,
@@ -589,9 +617,14 @@ class HJEPATrainer:
         def read() -> dict[str, Any] | None:
             found = self.checkpoints.find_resumable(warn) if path == "auto" else path
             if found is None:
+                self.checkpoints.set_aside(-1, warn)
                 return None
             content.update(read_checkpoint(Path(found)))
+            if "lineage" not in content.get("state", {}) or content.get("optimizer") is None:
+                raise UserError(f"{found} holds no training run to resume; load it with CheckpointManager instead")
             self._require_same_lineage(Path(found), content["state"]["lineage"])
+            if path != "auto":
+                self.checkpoints.set_aside(content["step"], warn)
             light = {key: content[key] for key in ("step", "metrics", "scaler", "state", "ranking")}
             return light | {"path": found}
 
@@ -604,8 +637,12 @@ class HJEPATrainer:
             raise UserError(f"{head['path']} does not fit this model and optimiser: {error}") from None
         state: Mapping[str, Any] = head["state"]
         self.step = head["step"]
-        self.metrics = dict(head["metrics"])
-        self.checkpoints.ranking = [tuple(item) for item in head["ranking"]]
+        self.metrics = dict(state.get("logged", head["metrics"]))
+        ranked_by = [self.checkpoints.metric_name, self.config.checkpoint.mode]
+        # Values of another metric cannot be compared with those to come.
+        known = head["ranking"] if state.get("ranked_by", ranked_by) == ranked_by else []
+        self.checkpoints.ranking = [tuple(item) for item in known]
+        self.overflows = state.get("overflows", 0)
         self.skipped, self.collapse.strikes = state["skipped"], state["strikes"]
         self.rewinds = state.get("rewinds", 0)
         self.window = dict(state.get("window", {}))
@@ -666,6 +703,9 @@ class HJEPATrainer:
         self._save()
         self.checkpoints.wait()
         self._barrier()  # nobody leaves before the checkpoint is durable
+        self._raise_stop()
+
+    def _raise_stop(self) -> None:
         if self._signal == signal.SIGINT:
             raise KeyboardInterrupt
         name = "another rank's signal" if self._signal is None else signal.Signals(self._signal).name
@@ -677,7 +717,10 @@ class HJEPATrainer:
 def lineage(config: Config) -> dict[str, Any]:
     """The settings that decide where the next step leads."""
     settings = {key: value for key, value in flatten(config).items() if key.startswith(LINEAGE)}
-    return {key: value for key, value in settings.items() if key not in ELASTIC}
+    elastic = set(ELASTIC)
+    if config.loss.regularizer.name != "none":
+        elastic.remove("training.accumulation_steps")  # its statistics are those of a micro-batch
+    return {key: value for key, value in settings.items() if key not in elastic}
 
 
 class _Handlers(AbstractContextManager[None]):

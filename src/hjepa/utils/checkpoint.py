@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -416,6 +417,31 @@ class CheckpointManager:
             if path.name not in kept:
                 path.unlink(missing_ok=True)
 
+    def set_aside(self, after_step: int, report: Callable[[str], None]) -> None:
+        """Move checkpoints of later steps to a folder of their own: another run left them, which this one replaces.
+
+        Without this they would pass for the newest of this run. Nothing is deleted.
+
+        Args:
+            after_step: The step from which training goes on; -1 moves all of them.
+        """
+        later = []
+        for path in [*_epoch_files(self.checkpoint_dir), self.checkpoint_dir / LATEST, self.checkpoint_dir / BEST]:
+            try:
+                if path.exists() and read_header(path)["step"] > after_step:
+                    later.append(path)
+            except DamagedCheckpointError:
+                later.append(path)
+        if not later:
+            return
+        number = 1
+        while (folder := self.checkpoint_dir / f"superseded-{number}").exists():
+            number += 1
+        folder.mkdir()
+        for path in later:
+            path.rename(folder / path.name)
+        report(f"{len(later)} checkpoints of an earlier run are set aside in {folder}")
+
     def get_best_checkpoint(self) -> Path | None:
         path = self.checkpoint_dir / BEST
         return path if path.exists() else None
@@ -480,14 +506,12 @@ class CheckpointManager:
 
 
 def _epoch_files(folder: Path) -> list[Path]:
-    """Newest first, by number: from epoch 10,000 on the names do not sort."""
-
-    def epoch(path: Path) -> int:
-        digits = path.stem.removeprefix("checkpoint_epoch_")
-        return int(digits) if digits.isdecimal() else -1
-
-    found = [path for path in folder.glob("checkpoint_epoch_*.pth") if epoch(path) >= 0]
-    return sorted(found, key=epoch, reverse=True)
+    """Newest first, by (epoch, step within it): from epoch 10,000 on the names do not sort."""
+    found = []
+    for path in folder.glob("checkpoint_epoch_*.pth"):
+        if numbers := re.fullmatch(r"checkpoint_epoch_(\d+)(?:_step_(\d+))?", path.stem):
+            found.append((int(numbers[1]), int(numbers[2] or 0), path))
+    return [path for *_, path in sorted(found, reverse=True)]
 
 
 def good_checkpoints(folder: Path, report: Callable[[str], None]) -> Iterator[tuple[Path, dict[str, Any]]]:
