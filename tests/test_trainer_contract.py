@@ -234,7 +234,7 @@ def test_float16__fifty_overflows_in_a_row_end_the_run_and_forty_nine_do_not(
     scaler = trainer.train_step.scaler
     scaler.load_state_dict(scaler.state_dict() | {"scale": 2.0**100})  # after 50 halvings still too large
     if overflows == 50:
-        with pytest.raises(FutileRetryError, match=r"50 steps in a row .* up to step 49, and there is no checkpoint"):
+        with pytest.raises(FutileRetryError, match=r"50 steps in a row .* up to step 49"):
             trainer.train()
         assert trainer.step == 50
     else:
