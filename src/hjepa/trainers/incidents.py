@@ -118,7 +118,8 @@ def _replay_batch(path: Path, model: HJEPAModel, config: Config, device: torch.d
     else:
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         names = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
-        lines.append(f"  every output is finite; the gradient is not, in {_few(names)}")
+        where = _few(names) if names else "its norm alone: the sum of its squares is too large"
+        lines.append(f"  every output is finite; the gradient is not, in {where}")
     return lines
 
 
