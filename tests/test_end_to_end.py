@@ -152,7 +152,8 @@ def test_pipeline__survives_a_kill_compares_runs_and_gives_a_usable_model(home: 
 
     stack = Stack(home)
     environment = {**os.environ, **stack.environment()}
-    client = mlflow.MlflowClient(environment["MLFLOW_TRACKING_URI"])
+    uri = environment["MLFLOW_TRACKING_URI"]
+    client = mlflow.MlflowClient(uri, registry_uri=uri)  # other tests of this process may have named another
     experiment = client.get_experiment_by_name("end-to-end")
     runs = client.search_runs([experiment.experiment_id])
     assert len(runs) == 2
