@@ -199,7 +199,9 @@ VIEWS = {
 SYNCS = ("_local_scalar_dense", "nonzero")
 
 
-class _Operators(TorchDispatchMode):
+class Operators(TorchDispatchMode):
+    """Counts the aten operators that run inside it."""
+
     def __init__(self) -> None:
         super().__init__()
         self.count: Counter[str] = Counter()
@@ -216,7 +218,7 @@ def count_operators(levels: int, *overrides: str) -> dict[str, int]:
     images = torch.zeros((2, 3, config.data.image_size, config.data.image_size), dtype=torch.uint8)
     masks = tensors(MultiBlockMasking(config)(step=0, epochs=0, samples=np.arange(2)))
     step(images, masks, MOMENTUM)  # makes the optimiser's state
-    with _Operators() as mode:
+    with Operators() as mode:
         step(images, masks, MOMENTUM)
     operators = sum(number for name, number in mode.count.items() if name not in VIEWS)
     return {"operators": operators, "syncs": sum(mode.count[name] for name in SYNCS)}
