@@ -207,6 +207,21 @@ def test_masks__every_image_keeps_the_least_context() -> None:
         assert masks.context.shape[1] >= 60
 
 
+def test_masks__redrawing_spares_the_batch_its_unluckiest_images() -> None:
+    """Without it the sampler is I-JEPA's: the whole batch is cut to whatever the first draws left."""
+    anew, once = (MultiBlockMasking(config(224, 16, 1, f"masking.redraw_below={share}")) for share in (0.75, 0.0))
+    kept: dict[str, list[int]] = {"anew": [], "once": []}
+    for step in range(30):
+        draw = {"step": step, "epochs": 0, "samples": np.arange(128)}
+        first, second = once(**draw), anew(**draw)  # type: ignore[arg-type]
+        kept["once"].append(first.context.shape[1])
+        kept["anew"].append(second.context.shape[1])
+        same = (first.targets[0] == second.targets[0]).all((1, 2))
+        assert 0.5 < same.mean() < 1
+    assert np.mean(kept["once"]) < 60
+    assert np.mean(kept["anew"]) > 65
+
+
 @pytest.mark.parametrize(
     ("levels", "multiple", "step"), [(1, 8, 8), (1, 10, 10), (2, 8, 8), (2, 6, 12), (2, 2, 4), (2, 1, 4)]
 )

@@ -250,6 +250,13 @@ def test_audit__an_image_alone_loses_nothing_to_its_batch() -> None:
     assert audit_masks(MultiBlockMasking(load_config(TINY)), grid=8, batch=1, images=64).lost == 0
 
 
+def test_plan__counts_the_images_that_are_masked_anew() -> None:
+    found = [plan(load_config(TINY, [f"masking.redraw_below={share}"])).audit for share in (0.0, 0.75, 0.9)]
+    assert found[0].redrawn == 0
+    assert 0.02 < found[1].redrawn < found[2].redrawn < 0.6
+    assert found[0].kept < found[1].kept
+
+
 def hand_made(offset: int, *, leak: bool = False) -> object:
     """A sampler on a 6x6 grid of one 2x2 target block, whose corner is drawn from [0, 4 + offset), and the rest."""
 

@@ -81,6 +81,7 @@ class MaskingConfig(Section):
     target_aspect: Range = (0.75, 1.5)
     context_scale: Range = (0.85, 1.0)
     min_context: Count = 4  # visible patches that every image keeps at least
+    redraw_below: Fraction = 0.75  # share of the mean context; an image with less is masked anew
     context_multiple: Count = 1  # visible patches are cut to a multiple of it, so that fewer shapes are compiled
 
 

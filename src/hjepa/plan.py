@@ -416,6 +416,7 @@ class MaskAudit:
     alone: float  # mean visible patches of an image outside its batch
     kept: float  # mean visible patches of the same images in it
     padding: float  # share of the union that is in no target block
+    redrawn: float  # share of the images whose first draw left too little context
     leaked: int  # (image, patch) pairs that are context and target at once
 
     @property
@@ -429,7 +430,13 @@ class MaskAudit:
 
 
 def audit_masks(
-    make_masks: MakeMasks, *, grid: int, batch: int, images: int = AUDIT_IMAGES, alone: MakeMasks | None = None
+    make_masks: MakeMasks,
+    *,
+    grid: int,
+    batch: int,
+    images: int = AUDIT_IMAGES,
+    alone: MakeMasks | None = None,
+    first: MakeMasks | None = None,
 ) -> MaskAudit:
     """Draw masks and count where they fall.
 
@@ -442,12 +449,14 @@ def audit_masks(
         batch: Images per step.
         images: Drawn at least.
         alone: Makes the masks of single images, to see what their batch costs them; the default is ``make_masks``.
+        first: Makes the masks of the first draw, whatever they leave, to see which images were drawn again; the
+            default is ``make_masks``.
     """
     count = grid**2
     context, target = np.zeros(count, np.int64), np.zeros(count, np.int64)
     shapes: list[Shapes] = []
     sizes: list[tuple[int, int]] = []  # visible patches of one image: alone, in its batch
-    step = leaked = in_union = 0
+    step = leaked = in_union = redrawn = compared = 0
     while step < max(AUDIT_STEPS, math.ceil(images / batch)) or (
         (not context.all() or not target.all()) and step * batch < 40 * count
     ):
@@ -462,6 +471,9 @@ def audit_masks(
         in_union += int(hidden.sum())
         shapes.append(shapes_of(masks))
         if step < AUDIT_STEPS:
+            drawn_first = (first or make_masks)(step=step, epochs=0, samples=samples).targets[0]
+            redrawn += int((drawn_first != masks.targets[0]).any((1, 2)).sum())
+            compared += batch
             for sample in samples[:ALONE]:
                 single = (alone or make_masks)(step=step, epochs=0, samples=np.array([sample], np.int64))
                 sizes.append((single.context.shape[1], masks.context.shape[1]))
@@ -478,6 +490,7 @@ def audit_masks(
         alone=float(own),
         kept=float(shared),
         padding=1 - in_union / (batch * sum(item.union for item in shapes)),
+        redrawn=redrawn / compared,
         leaked=leaked,
     )
 
@@ -576,12 +589,16 @@ def plan(config: Config, *, num_samples: int | None = None, world_size: int = 1,
     """
     curves = curves_of(config, num_samples)
     parameters = count_parameters(config)
-    single = config.masking.model_copy(update={"context_multiple": 1})
+
+    def masking(**update: float) -> MultiBlockMasking:
+        return MultiBlockMasking(config.model_copy(update={"masking": config.masking.model_copy(update=update)}))
+
     audit = audit_masks(
-        MultiBlockMasking(config),
+        masking(),
         grid=config.grid_size,
         batch=min(config.training.batch_size, AUDIT_BATCH),
-        alone=MultiBlockMasking(config.model_copy(update={"masking": single})),
+        alone=masking(context_multiple=1),
+        first=masking(redraw_below=0.0, min_context=1, context_multiple=1),
     )
     memory = estimate_memory(config, parameters, audit.shapes, world_size=world_size)
     found = Plan(
@@ -735,7 +752,7 @@ def _mask_lines(audit: MaskAudit) -> list[str]:
         sizes("union of the blocks", [item.union for item in shapes], "patches"),
         f"  padding in the union {audit.padding:.1%}; context lost to the batch's common size {audit.lost:.1%} "
         f"({audit.alone:.1f} -> {audit.kept:.1f} patches)",
-        f"  context and target at once: {audit.leaked} patches",
+        f"  context and target at once: {audit.leaked} patches; {audit.redrawn:.1%} of the images masked anew",
     ]
 
 

@@ -19,7 +19,6 @@ from hjepa.errors import UserError
 Indices = NDArray[np.int64]
 TRIES = 16
 UNION_MULTIPLE = 8  # patches: a matrix product likes whole tiles, and a compiled model few shapes
-KEPT_SHARE = 0.75  # of the mean visible cells; a sample with fewer is drawn again, for the whole batch is cut to it
 
 
 class Masks(NamedTuple):
@@ -78,8 +77,9 @@ class MultiBlockMasking:
     Scale and aspect are drawn independently; a block may touch every edge, so every patch can be context and target.
     All images of a step keep the same number of context patches: the smallest count of the global batch, cut down to a
     multiple of ``masking.context_multiple`` and of a coarse cell's patches, as a random subset of coarse cells, never
-    the raster's top. So that one unlucky image does not blind thousands, images with much less context than the mean
-    are drawn again.
+    the raster's top. So that one unlucky image does not blind thousands, images with less than
+    ``masking.redraw_below`` of the mean context are drawn again; at 0, I-JEPA's behaviour, only those with less than
+    ``masking.min_context``.
     """
 
     def __init__(self, config: Config):
@@ -95,6 +95,7 @@ class MultiBlockMasking:
         patches = math.lcm(masking.context_multiple, self.cell**2)
         self.multiple = patches // self.cell**2  # of visible coarse cells
         self.min_cells = math.ceil(masking.min_context / patches) * self.multiple
+        self.redraw_below = masking.redraw_below
         self.seed = config.seed
         self._floors: dict[tuple[int, int, int], int] = {}
         largest = max(
@@ -213,7 +214,7 @@ class MultiBlockMasking:
         """Visible cells below which a sample is drawn again: a function of the block sizes, not of the batch."""
         if (height, width, side) not in self._floors:
             visible, _, _ = self._draw(np.zeros(512, np.int64), np.arange(512), TRIES, height, width, side)
-            floor = math.floor(KEPT_SHARE * float(visible.sum(1).mean()))
+            floor = math.floor(self.redraw_below * float(visible.sum(1).mean()))
             self._floors[height, width, side] = max(floor, self.min_cells)
         return self._floors[height, width, side]
 
