@@ -8,8 +8,10 @@ a laptop validates a run in half a second.
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
+import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
@@ -185,6 +187,51 @@ class TrackingConfig(Section):
     champion_margin: NonNegative = 0.005  # the primary metric must rise by more than this
 
 
+Quantity = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$")]  # as Kubernetes writes amounts
+
+
+class Toleration(Section):
+    key: str
+    operator: Literal["Exists", "Equal"] = "Exists"
+    value: str | None = None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = "NoSchedule"
+
+
+class ClusterConfig(Section):
+    """Where and on what the tasks run. It decides nothing about the result and is no part of the run's identity."""
+
+    backend: Literal["auto", "pytorchjob", "trainjob", "local"] = "auto"  # auto: what the cluster has installed
+    namespace: str | None = None  # null takes the launcher's own
+    registry: str = ""  # host/path before the names of the images
+    image: str | None = None  # of the training pods; null takes hjepa-train of this version
+    image_pull_secrets: tuple[str, ...] = ()
+    nodes: Count = 1
+    gpus_per_node: Annotated[int, Field(ge=0)] = 1  # 0 trains on CPUs
+    processes_per_node: Count | None = None  # null: one per GPU, or one
+    gpu_resource: str = "nvidia.com/gpu"
+    cpu: Quantity = "8"  # per node
+    memory: Quantity = "64Gi"  # per node; /dev/shm counts
+    shm: Quantity = "16Gi"  # /dev/shm, through which loader processes hand over images
+    scratch: Quantity = "100Gi"  # /tmp: the shard cache and checkpoints on their way to S3
+    node_selector: dict[str, str] = {}
+    tolerations: tuple[Toleration, ...] = (Toleration(key="nvidia.com/gpu"),)
+    priority_class: str | None = None
+    queue: str | None = None  # a Kueue LocalQueue
+    service_account: str = "hjepa-train"  # of the training pods, which call no API
+    s3_secret: str = "hjepa-s3"
+    mlflow_secret: str = "hjepa-mlflow"  # need not exist
+    env: dict[str, str] = {}  # for the training pods, such as NCCL_SOCKET_IFNAME; nothing secret
+    max_restarts: Annotated[int, Field(ge=0)] = 5  # of the whole job, after a failure that a retry may mend
+    grace_seconds: Count = 120  # from SIGTERM to SIGKILL: long enough to save a checkpoint
+    queue_timeout_seconds: Positive | None = None  # admitted by the queue; null waits for ever
+    schedule_timeout_seconds: Positive = 900.0  # a node found for every pod
+    image_timeout_seconds: Positive = 300.0  # of failing to pull the image
+    start_timeout_seconds: Positive = 1800.0  # every pod running
+    total_timeout_seconds: Positive | None = None  # without the time in the queue; null: none
+    cleanup: Literal["keep", "delete-on-success", "delete-always"] = "delete-on-success"
+    on_sigterm: Literal["auto", "stop", "leave"] = "auto"  # auto: stop the job if the pipeline run was cancelled
+
+
 class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     data: DataConfig = DataConfig()
@@ -199,6 +246,7 @@ class Config(Section):
     export: ExportConfig = ExportConfig()
     storage: StorageConfig = StorageConfig()
     tracking: TrackingConfig = TrackingConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     @property
     def grid_size(self) -> int:
@@ -207,8 +255,8 @@ class Config(Section):
 
     @property
     def digest(self) -> str:
-        """sha256 (hex) of the canonical JSON of the whole tree."""
-        return sha256_json(self.model_dump(mode="json"))
+        """sha256 (hex) of the canonical JSON of the tree, without ``cluster``: where it ran changes no result."""
+        return sha256_json(self.model_dump(mode="json", exclude={"cluster"}))
 
 
 class ConfigError(UserError):
@@ -616,7 +664,8 @@ def dump_yaml(config: Config) -> str:
 
 def flatten(config: Config) -> dict[str, Any]:
     """Dotted key -> value, for parameter tables."""
-    return flatten_tree(config.model_dump(mode="json"))
+    tree = config.model_dump(mode="json")
+    return {key: functools.reduce(operator.getitem, key.split("."), tree) for key in all_keys()}
 
 
 def flatten_tree(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

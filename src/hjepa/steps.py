@@ -247,7 +247,7 @@ def resolve_config(
         experiment=tree.logging.experiment_name,
         run_name=run,
         tags=tags,
-        params=flatten(tree),
+        params={key: value for key, value in flatten(tree).items() if not key.startswith("cluster.")},
     )
     say(f"MLflow run: {tracker.url}")
     with tempfile.TemporaryDirectory() as folder:
