@@ -1,11 +1,13 @@
 """What a training step costs: hjepa's against a plain I-JEPA step and a dense one, on the CPU.
 
-    python -m benchmarks.step [--config tiny|small|all] [--rounds 8] [--threads 1]
+    python -m benchmarks.step [--config tiny|small|all] [--masks own|published] [--rounds 8] [--threads 1]
 
 All subjects start from the same weights, see the same images and masks, and take turns in one process; a step is
 forward, backward, clip, optimiser and EMA, timed in CPU seconds (``time.process_time``), so that other processes do not
-count. Ratios are those of the rounds' pairs. Beside it: the machine's fp32 matrix-product rate in the same run and the
-share of it that hjepa's step attains, the operators of a ViT-B step, and the time to make masks.
+count. Ratios are those of the rounds' pairs. How much a step saves depends on how much the masks hide: beside hjepa's
+own masks, ``published`` ones are drawn as in I-JEPA's published code, which hides more. Beside it: the machine's fp32
+matrix-product rate in the same run and the share of it that hjepa's step attains, the operators of a ViT-B step, and
+the time to make masks.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import statistics
 import time
 from collections import Counter
@@ -22,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -70,6 +74,35 @@ def tensors(masks: Masks, device: torch.device | str = "cpu") -> MaskTensors:
     return MaskTensors(context, targets, union, place, rows)
 
 
+def published_masks(config: Config, batch: int, step: int) -> Masks:
+    """Masks with the habits of I-JEPA's published sampler.
+
+    One number decides both scale and aspect, no block touches the last row or column, and all contexts are cut to the
+    smallest of the batch, of each the first patches in raster order.
+    """
+    random, grid = np.random.default_rng(step), config.grid_size
+    masking, patches = config.masking, np.arange(grid**2)
+
+    def inside(side: tuple[int, int], *shape: int) -> NDArray[np.bool_]:
+        row, column = (random.integers(0, grid - edge, (*shape, 1)) for edge in side)
+        down, right = patches // grid - row, patches % grid - column
+        return (down >= 0) & (down < side[0]) & (right >= 0) & (right < side[1])  # type: ignore[no-any-return]
+
+    share = random.random()
+    scale, aspect = (low + share * (high - low) for low, high in (masking.target_scale, masking.target_aspect))
+    area = int(scale * grid**2)
+    height, width = (min(round(math.sqrt(area * ratio)), grid - 1) for ratio in (aspect, 1 / aspect))
+    side = min(round(math.sqrt(random.uniform(*masking.context_scale)) * grid), grid - 1)
+    target = inside((height, width), batch, masking.num_targets)
+    visible = inside((side, side), batch) & ~target.any(1)
+    count = int(visible.sum(1).min())
+    if count < masking.min_context:
+        return published_masks(config, batch, step + POOL)
+    context = np.argsort(~visible, axis=1, kind="stable")[:, :count]
+    targets = np.nonzero(target)[2].reshape(batch, masking.num_targets, height * width)
+    return Masks(context, [targets], *MultiBlockMasking(config).union(targets), height)
+
+
 def train_step(
     model: HJEPAModel,
     config: Config,
@@ -92,7 +125,7 @@ def train_step(
 # -- against the plain steps -----------------------------------------------------------------------------------------
 
 
-def compare(name: str, rounds: int, steps: int) -> dict[str, Any]:
+def compare(name: str, rounds: int, steps: int, *, published: bool = False) -> dict[str, Any]:
     """Time all subjects: ``rounds`` turns of ``steps`` steps each."""
     config = load_config(SETTINGS[name])
     batch, size = config.training.batch_size, config.data.image_size
@@ -101,7 +134,14 @@ def compare(name: str, rounds: int, steps: int) -> dict[str, Any]:
     weights = model.state_dict()
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
     masking = MultiBlockMasking(config)
-    pool = [tensors(masking(step=step, epochs=0, samples=np.arange(batch) + step * batch)) for step in range(POOL)]
+    pool = [
+        tensors(
+            published_masks(config, batch, step)
+            if published
+            else masking(step=step, epochs=0, samples=np.arange(batch) + step * batch)
+        )
+        for step in range(POOL)
+    ]
 
     def written(kind: type[PlainModel], *, fused_attention: bool) -> PlainStep:
         plain = kind(config, fused_attention=fused_attention)
@@ -132,6 +172,8 @@ def compare(name: str, rounds: int, steps: int) -> dict[str, Any]:
     return {
         "model": NAMES[name],
         "batch": batch,
+        "masks": "published" if published else "own",
+        "visible_patches": statistics.mean(masks.context.shape[1] for masks in pool),
         "rounds": rounds,
         "steps_per_round": steps,
         "loss_relative_difference_to_plain": loss_error,
@@ -241,8 +283,9 @@ def mask_microseconds(levels: int, batch: int = 128, steps: int = 100) -> float:
 
 def table(found: dict[str, Any]) -> str:
     lines = [
-        f"{found['model']}, batch {found['batch']}, fp32, {found['rounds']} rounds of {found['steps_per_round']} "
-        f"steps; matrix products: {found['matmul_gflops_per_second']:.0f} GFLOP/s; against plain: loss differs by "
+        f"{found['model']}, batch {found['batch']}, {found['masks']} masks ({found['visible_patches']:.0f} visible "
+        f"patches), fp32, {found['rounds']} rounds of {found['steps_per_round']} steps; matrix products: "
+        f"{found['matmul_gflops_per_second']:.0f} GFLOP/s; against plain: loss differs by "
         f"{found['loss_relative_difference_to_plain']:.1e}, the worst gradient by "
         f"{found['largest_gradient_relative_difference_to_plain']:.1e}",
         f"{'':24}{'CPU s/step: min':>16}{'median':>9}{'GFLOP/image':>13}{'of matmul':>11}"
@@ -265,6 +308,7 @@ def rounded(value: Any) -> Any:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Compare hjepa's training step with a plain and a dense one.")
     parser.add_argument("--config", choices=[*SETTINGS, "all"], default="all")
+    parser.add_argument("--masks", choices=["own", "published", "both"], default="both")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4, help="per subject and round")
     parser.add_argument("--threads", type=int, default=1)
@@ -278,8 +322,9 @@ def main(arguments: list[str] | None = None) -> None:
         "steps": [],
     }
     for name in ["tiny", "small"] if options.config == "all" else [options.config]:
-        result["steps"].append(compare(name, options.rounds, options.steps))
-        print(table(result["steps"][-1]), flush=True)
+        for published in {"own": [False], "published": [True], "both": [False, True]}[options.masks]:
+            result["steps"].append(compare(name, options.rounds, options.steps, published=published))
+            print(table(result["steps"][-1]), flush=True)
     narrow = ["model.embed_dim=48", "model.predictor.embed_dim=48", "model.depth=2"] if smoke else []
     result["vit_b_operators"] = {str(levels): count_operators(levels, *narrow) for levels in (1, 2)}
     result["mask_microseconds_per_image"] = {

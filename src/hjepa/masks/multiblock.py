@@ -138,7 +138,7 @@ class MultiBlockMasking:
         epochs = np.broadcast_to(np.asarray(epochs, np.int64), samples.shape)
         visible, top, left = self._place(epochs, samples, height, width, side)
         targets = [self._cells(top, left, height, width, level) for level in range(self.num_levels)]
-        union, place = self._union(targets[0])
+        union, place = self.union(targets[0])
         context = self._patches(self._keep(visible, epochs, samples))
         return Masks(context, targets, union, place, height)
 
@@ -152,8 +152,8 @@ class MultiBlockMasking:
         limit = np.partition(priority, count - 1, axis=1)[:, count - 1 : count]
         return _columns(priority <= limit)
 
-    def _union(self, targets: Indices) -> tuple[Indices, Indices]:
-        """``Masks.union`` and ``Masks.place`` for patches (B, M, m_0)."""
+    def union(self, targets: Indices) -> tuple[Indices, Indices]:
+        """``Masks.union`` and ``Masks.place`` of the target blocks' patches (B, M, m_0)."""
         b, n = len(targets), self.grid**2
         image = np.arange(b)[:, None]
         flat = targets.reshape(b, -1) + n * image
