@@ -3,10 +3,10 @@
     python -m benchmarks.checkpoint [--size base|tiny] [--rounds 5] [--folder FOLDER]
 
 The state is the default configuration's: a ViT-B/16 with its EMA copy, the predictor, and AdamW's moments (1.64 GB, and
-as much again for our snapshot). Both ways take turns in one process, after one save of each that is not counted: our
-first one allocates the snapshot's memory. ``blocked`` is the time until the training loop may go on, ``durable`` the
-time until the file has been fsynced. ``disk`` writes as many bytes past the page cache and fsyncs, as ``dd
-oflag=direct`` would.
+as much again for our snapshot). Both ways take turns in one process, after one save of each that is not counted among
+the rounds. Our snapshot's memory is reserved before, as the trainer does when it starts. ``blocked`` is the time until
+the training loop may go on, ``durable`` the time until the file has been fsynced. ``disk`` writes as many bytes past
+the page cache and fsyncs, as ``dd oflag=direct`` would.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ def measure(size: str, rounds: int, parent: Path | None) -> dict[str, Any]:
             "ours": lambda: timed(our_save, manager.wait),
             "disk": lambda: timed(plain_write, lambda: fsync(plain)),
         }
+        manager.reserve(total)  # as the trainer does when it starts; torch's first save takes longer than this
         first = {way: run() for way, run in ways.items()}
         found: dict[str, list[Times]] = {way: [] for way in ways}
         for round_ in range(rounds):

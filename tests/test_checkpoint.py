@@ -643,6 +643,21 @@ def test_save__from_cuda_is_not_overtaken_by_the_next_step(tmp_path: Path) -> No
     assert all(piece.is_pinned() for piece in manager._memory._pieces)
 
 
+def test_reserve__finds_the_memory_of_the_first_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hjepa.utils.checkpoint._PIECE", 1 << 20)
+    manager, weights = CheckpointManager(tmp_path), {"weight": torch.arange(1_000_000.0)}
+    manager.reserve(4_000_000)
+    assert manager._reserving is not None
+    manager._reserving.join()
+    reserved = list(manager._memory._pieces)
+    assert len(reserved) == 4
+    manager.save_checkpoint(0, weights, wait=True)
+    assert [piece.data_ptr() for piece in manager._memory._pieces] == [piece.data_ptr() for piece in reserved]
+    assert torch.equal(read_checkpoint(tmp_path / LATEST)["model"]["weight"], weights["weight"])
+    manager.save_checkpoint(1, {"weight": torch.arange(2_000_000.0)}, wait=True)  # larger than expected
+    assert read_checkpoint(tmp_path / LATEST)["model"]["weight"][-1] == 1_999_999
+
+
 def test_save__a_second_one_waits_for_the_first(tmp_path: Path) -> None:
     release, epochs = threading.Event(), []
 

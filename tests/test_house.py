@@ -135,7 +135,7 @@ def test_default_yaml__spells_out_every_key_with_its_default() -> None:
     written = parse_yaml((SOURCE / "configs" / "default.yaml").read_text("utf-8"))
 
     def leaves(node: object, prefix: str = "") -> Iterator[str]:
-        if isinstance(node, dict):
+        if isinstance(node, dict) and node:
             for key, value in node.items():
                 yield from leaves(value, f"{prefix}{key}.")
         else:

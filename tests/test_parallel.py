@@ -378,3 +378,16 @@ def test_ranks__share_objects_means_and_errors(together: list[dict[str, Any]]) -
 def test_failed_rank__ends_the_job_and_its_traceback_is_shown(failure: str) -> None:
     assert "RuntimeError: rank 1 has failed, as it should" in failure
     assert "Traceback" in failure
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_state_bytes__foresees_what_a_checkpoint_holds(name: str) -> None:
+    model = HJEPAModel(config := load_config("demo", [f"training.optimizer={name}"]))
+    optimizer = create_optimizer(model, config)
+    expected = parallel.state_bytes(model, optimizer)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    moments = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
+    assert expected == sum(t.nbytes for t in (*model.state_dict().values(), *moments))

@@ -179,6 +179,13 @@ def gather_state(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
     return (weights, moments) if main else (None, None)
 
 
+def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Of what ``gather_state`` gives once the optimiser has its moments, about."""
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = 2 if "betas" in optimizer.defaults else 1
+    return sum(t.numel() * t.element_size() for t in (*model.state_dict().values(), *(trained * moments)))
+
+
 def _whole(value: Any, keep: bool) -> Any:
     whole = value.full_tensor() if hasattr(value, "full_tensor") else value
     return whole.to("cpu") if keep and isinstance(whole, Tensor) else whole if keep else None

@@ -281,6 +281,8 @@ class HJEPATrainer:
     def _run(self) -> None:
         self._restore(self.resume_checkpoint)
         self._describe()
+        if self.world.is_main:
+            self.checkpoints.reserve(parallel.state_bytes(self.core, self.optimizer), pinned=self.device.type == "cuda")
         self._stop_if_collapsed()
         while self.step < self.total_steps:
             with ProgressLine(self.total_steps, self.step, shown=self.world.is_main) as line:

@@ -7,7 +7,6 @@ writes it to a temporary name (container.py says in which form), fsyncs and rena
 
 from __future__ import annotations
 
-import math
 import mmap
 import os
 import re
@@ -126,13 +125,7 @@ class _HostMemory:
         devices = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
         if devices and not all(piece.is_pinned() for piece in self._pieces):
             self._pieces.clear()
-        pieces = math.ceil(entries[-1].stop / _PIECE) if entries else 0
-        while len(self._pieces) < pieces:
-            if devices:
-                self._pieces.append(torch.empty(_PIECE, dtype=torch.uint8, pin_memory=True))
-            else:
-                pages = mmap.mmap(-1, _PIECE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-                self._pieces.append(torch.frombuffer(pages, dtype=torch.uint8))
+        self.grow(entries[-1].stop if entries else 0, pinned=bool(devices))
         arrays = [piece.numpy() for piece in self._pieces]
         work: list[_Copies] = [[]]
         pending = 0  # bytes in the last share
@@ -156,6 +149,21 @@ class _HostMemory:
             events.append(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
             events[-1].record(torch.cuda.current_stream(device))
         return events
+
+    def grow(self, size: int, *, pinned: bool) -> None:
+        """Have at least ``size`` bytes."""
+        while len(self._pieces) * _PIECE < size:
+            if pinned:
+                self._pieces.append(torch.empty(_PIECE, dtype=torch.uint8, pin_memory=True))
+            else:
+                pages = mmap.mmap(-1, _PIECE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                self._pieces.append(torch.frombuffer(pages, dtype=torch.uint8))
+
+    def touch(self) -> None:
+        """Write to all of it. The system finds a page of memory when it is first written to, which takes longer than
+        the copy itself."""
+        for piece in self._pieces:
+            piece.numpy().fill(0)
 
     def views(self, size: int) -> Iterator[memoryview]:
         for piece, start in zip(self._pieces, range(0, size, _PIECE), strict=False):
@@ -233,7 +241,8 @@ def _misfit_of_optimizer(ours: torch.optim.Optimizer, theirs: Mapping[str, Any])
 class CheckpointManager:
     """Saves, finds, prunes and loads the checkpoints of one run.
 
-    Its first save allocates host memory of the size of the state, which later saves use again.
+    Its first save allocates host memory of the size of the state, which later saves use again, unless ``reserve`` has
+    done so in the background.
 
     Args:
         checkpoint_dir: Folder, made if missing.
@@ -269,8 +278,25 @@ class CheckpointManager:
         self.on_saved = on_saved
         self.ranking: list[tuple[float, str, int]] = []  # (metric, file name, step), best first; part of the state
         self._memory = _HostMemory()
+        self._reserving: threading.Thread | None = None
         self._writer: threading.Thread | None = None
         self._failure: BaseException | None = None
+
+    def reserve(self, size: int, *, pinned: bool = False) -> None:
+        """Make room for states of about ``size`` bytes, in the background, so that the first save blocks no longer
+        than the others.
+
+        Args:
+            pinned: For states on a CUDA device.
+        """
+
+        def work() -> None:
+            self._memory.grow(size, pinned=pinned)
+            if not pinned:  # pinning has done it
+                self._memory.touch()
+
+        self._reserving = threading.Thread(target=work, name="checkpoint-memory", daemon=True)
+        self._reserving.start()
 
     def should_save(self, epoch: int) -> bool:
         """Whether the end of ``epoch`` (counted from 0) is due for a periodic save."""
@@ -348,6 +374,9 @@ class CheckpointManager:
         tensors: dict[str, Tensor] = {}
         tree = pack(content, tensors)
         entries = layout(tensors)
+        if self._reserving:
+            self._reserving.join()
+            self._reserving = None
         copied = self._memory.take(tensors, entries)
         self.ranking = ranking
         saved = SavedCheckpoint(
