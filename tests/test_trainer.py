@@ -14,11 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from benchmarks.step import tensors
 from hjepa.config import Config, load_config
 from hjepa.errors import FutileRetryError, UserError
 from hjepa.losses import HierarchicalLoss
-from hjepa.masks import Masks, MultiBlockMasking
-from hjepa.models import HJEPAModel, MaskTensors
+from hjepa.masks import MultiBlockMasking
+from hjepa.models import HJEPAModel
 from hjepa.trainers import HJEPATrainer, TrainingResult, create_optimizer
 from hjepa.trainers.incidents import replay
 from hjepa.trainers.optim import set_hyperparameters
@@ -68,14 +69,8 @@ class Images:
             if step in self.poison:
                 images = images.float() / 255
                 images[5, 0, 3, 3] = torch.nan
-            masks = as_tensors(masking_fn(step=step, epochs=epochs, samples=samples)) if masking_fn else None
+            masks = tensors(masking_fn(step=step, epochs=epochs, samples=samples)) if masking_fn else None
             yield self.Batch(step, images, samples, masks)
-
-
-def as_tensors(masks: Masks) -> MaskTensors:
-    context, targets, union, place, rows = masks
-    tensor = torch.from_numpy
-    return MaskTensors(tensor(context), [tensor(cells) for cells in targets], tensor(union), tensor(place), rows)
 
 
 class Recorder:
