@@ -254,6 +254,9 @@ HOSTS = [".".join(parts) for parts in PARTS]  # this file must not name them eit
 MACHINE_PATHS = re.compile(r"(?<![\w.$}{-])/(?:" + "work|root|home" + r")/[\w.]|(?<![\w.$}{-])/tmp/[\w.]")
 
 
+CONTAINERS = {"images", "manifests"}  # what these describe has a /tmp of its own
+
+
 def text_of(path: Path) -> str:
     try:
         return path.read_text("utf-8")
@@ -266,7 +269,8 @@ def test_files__name_no_package_registry_and_no_path_of_one_machine() -> None:
         f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
         for path in tracked_files()
         for number, line in enumerate(text_of(path).splitlines(), 1)
-        if any(host in line for host in HOSTS) or MACHINE_PATHS.search(line)
+        if any(host in line for host in HOSTS)
+        or MACHINE_PATHS.search(line.replace("/tmp/", "") if path.relative_to(ROOT).parts[0] in CONTAINERS else line)
     ]
     assert found == []
 
