@@ -131,11 +131,13 @@ def test_plain_flops__are_those_that_torch_counts() -> None:
 
 def test_step_benchmark__writes_what_it_measured(tmp_path: Path) -> None:
     step.main(["--config", "smoke", "--rounds", "2", "--steps", "1", "--output", str(tmp_path / "step.json")])
-    (found,) = json.loads((tmp_path / "step.json").read_text())["steps"]
-    assert found["loss_relative_difference_to_plain"] < 1e-6
-    assert found["largest_gradient_relative_difference_to_plain"] < 1e-5
-    flops = {name: row["gflop_per_image"] for name, row in found["subjects"].items()}
-    assert flops["hjepa"] < flops["plain"] < flops["dense"]
+    measured = json.loads((tmp_path / "step.json").read_text())["steps"]
+    assert [found["masks"] for found in measured] == ["own", "published"]
+    for found in measured:
+        assert found["loss_relative_difference_to_plain"] < 1e-6
+        assert found["largest_gradient_relative_difference_to_plain"] < 1e-5
+        flops = {name: row["gflop_per_image"] for name, row in found["subjects"].items()}
+        assert flops["hjepa"] < flops["plain"] < flops["dense"]
 
 
 @pytest.mark.slow
