@@ -53,8 +53,9 @@ class KeyReader(ast.NodeVisitor):
         self._annotated(node.arg, node.annotation)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
-        if isinstance(node.target, ast.Name):
-            self._annotated(node.target.id, node.annotation)
+        if isinstance(node.target, (ast.Name, ast.Attribute)):
+            name = node.target.id if isinstance(node.target, ast.Name) else node.target.attr
+            self._annotated(name, node.annotation)
         self.generic_visit(node)
 
     def visit_Assign(self, node: ast.Assign) -> None:
@@ -120,6 +121,7 @@ def test_config__every_key_is_read_by_code() -> None:
         ("data, model = config.data, run.config.model\nprint(data.root, model.depth)", {"data.root", "model.depth"}),
         ("def f(settings: 'MaskingConfig | None', x: MaskingConfig): x.min_context", {"masking.min_context"}),
         ("self.ema = config.model.ema\nself.ema.momentum_end", {"model.ema.momentum_end"}),
+        ("self.wanted: ClusterConfig = spec.cluster\nself.wanted.nodes", {"cluster.nodes"}),
         ("model = build()\nmodel.depth", set()),
         ("data.root\nself.training.lr", set()),
     ],
