@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from PIL import Image
 
 from hjepa.adapters.preflight import Finding, check, require
 from hjepa.adapters.s3 import S3Store
-from hjepa.config import Config, validate
+from hjepa.config import Config, load_config, validate
 from hjepa.errors import UserError
 
 
@@ -187,3 +190,56 @@ def test_require__names_every_failure_and_no_success() -> None:
     with pytest.raises(UserError, match=f"^{re.escape(expected)}$"):
         require(findings)
     require([findings[1]])
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """Answers everything as ``server.answer`` says: status, content type, body."""
+
+    def do_GET(self) -> None:
+        status, content_type, body = self.server.answer  # type: ignore[attr-defined]
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_PUT = do_POST = do_DELETE = do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def refusing(status: int, content_type: str, body: bytes) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    server.answer = (status, content_type, body)  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def asked(name: str, *settings: str) -> Finding:
+    return found(check(load_config("demo", settings), source=False, trains_here=False), name)
+
+
+def test_storage__in_another_region_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    body = b"<Error><Code>AuthorizationHeaderMalformed</Code><Message>expecting 'eu-central-1'</Message></Error>"
+    with refusing(400, "application/xml", body) as url:
+        finding = asked("S3", f"storage.endpoint_url={url}", "tracking.uri=http://127.0.0.1:9")
+    assert not finding.ok
+    assert "expecting 'eu-central-1'" in finding.detail
+    assert "storage.region=us-east-1" in finding.remedy
+
+
+def test_tracking__behind_host_checking_names_the_servers_setting() -> None:
+    body = b"Invalid Host header - possible DNS rebinding attack detected"
+    with refusing(403, "text/plain", body) as url:
+        finding = asked("MLflow", f"tracking.uri={url}", "storage.endpoint_url=http://127.0.0.1:9")
+    assert not finding.ok
+    assert f"MLFLOW_SERVER_ALLOWED_HOSTS containing {url.removeprefix('http://')}" in finding.remedy

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hjepa.adapters.s3 import S3Store
-from hjepa.adapters.tracking import http_patience, server_errors, tracking_uri
+from hjepa.adapters.tracking import TrackingError, http_patience, server_errors, tracking_uri
 from hjepa.config import Config
 from hjepa.errors import HjepaError, UserError
 from hjepa.masks import MultiBlockMasking
@@ -20,6 +20,7 @@ from hjepa.masks import MultiBlockMasking
 _SHARED_MEMORY = Path("/dev/shm")
 _SPARE_BYTES = 2**30  # free space wanted on top of what can be foreseen
 _TIMEOUT_SECONDS = 5
+_OTHER_REGION = re.compile(r"AuthorizationHeaderMalformed|PermanentRedirect|IllegalLocationConstraint|\b301\b")
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,18 @@ class Finding:
     remedy: str = ""  # empty where nothing has to be done, or the detail says it
 
 
-def check(config: Config, *, source: bool = True, trains_here: bool = True, servers: bool = True) -> list[Finding]:
+def check(
+    config: Config, *, source: bool = True, trains_here: bool = True, servers: bool = True, masks: bool = True
+) -> list[Finding]:
     """Every check, whatever the others say.
 
     Args:
         source: Look at the images too.
         trains_here: False leaves out what only the machine that trains needs: device, shared memory, local disks.
         servers: Ask S3 and MLflow.
+        masks: Whether the masks leave something to see.
     """
-    checks: list[tuple[str, Callable[[Config], Finding]]] = [("masks", _masks)]
+    checks: list[tuple[str, Callable[[Config], Finding]]] = [("masks", _masks)] if masks else []
     if servers:
         checks += [("S3", _storage), ("MLflow", _tracking)]
     if trains_here:
@@ -78,7 +82,13 @@ def _storage(config: Config) -> Finding:
     )
     begin = time.monotonic()
     key, sent = f"preflight/{uuid.uuid4().hex}", os.urandom(64)
-    store.put_bytes(key, sent)
+    try:
+        store.put_bytes(key, sent)
+    except HjepaError as error:
+        if _OTHER_REGION.search(str(error)):
+            remedy = f"The bucket is not in storage.region={config.storage.region}: set it to the bucket's region."
+            return Finding("S3", False, str(error), remedy)
+        raise
     try:
         received = store.get_bytes(key)
     finally:
@@ -100,8 +110,15 @@ def _tracking(config: Config) -> Finding:
     uri = tracking_uri(config.tracking.uri)
     begin = time.monotonic()
     # A search, because the health page is green even where every request of the API is refused.
-    with http_patience(timeout_seconds=_TIMEOUT_SECONDS, retries=0), server_errors(uri, "answer a search"):
-        MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+    try:
+        with http_patience(timeout_seconds=_TIMEOUT_SECONDS, retries=0), server_errors(uri, "answer a search"):
+            MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+    except TrackingError as error:
+        if "Invalid Host header" in str(error.__cause__):
+            host = uri.partition("//")[2].partition("/")[0]
+            remedy = f"It answers only the names it knows: start it with MLFLOW_SERVER_ALLOWED_HOSTS containing {host}."
+            return Finding("MLflow", False, f"MLflow at {uri} refuses the name {host} (Invalid Host header).", remedy)
+        raise
     return Finding("MLflow", True, f"{uri} answered a search in {1000 * (time.monotonic() - begin):.0f} ms")
 
 
