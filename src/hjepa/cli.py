@@ -30,6 +30,7 @@ from hjepa.utils.logging import say
 DESCRIPTION = "Self-supervised image pretraining with a hierarchical JEPA, from raw images to a registered encoder."
 INTERRUPTED = 130
 TERMINATED = 143
+PIPELINES = ("pretrain", "pretrain-distributed")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,9 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.command(options) or 0)
     except (HjepaError, OSError) as problem:
-        from hjepa.steps import as_hjepa_error
+        from hjepa.steps import as_hjepa_error, report_error
 
         error = as_hjepa_error(problem)
+        if os.environ.get("RANK", "0") == "0":
+            report_error("hjepa", error)
         print(f"error: {error}", file=sys.stderr, flush=True)
         if os.environ.get("WORLD_SIZE", "1") != "1":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all ranks at once; this one has its own code
@@ -80,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = add("run", run, "Run the whole pipeline on this machine, with its own S3 and MLflow servers.")
     _add_config(command)
     _add_home(command)
+    command.add_argument("--pipeline", choices=PIPELINES, default=PIPELINES[0], help="which one (default: %(default)s)")
     command.add_argument("--keep-stack", action="store_true", help="leave the S3 and MLflow servers up at the end")
     command.add_argument("--fresh", action="store_true", help="start a new run even if this one is finished")
 
@@ -95,6 +99,10 @@ def build_parser() -> argparse.ArgumentParser:
         command = add(name, function, help)
         _add_config(command)
         _add_home(command)
+        if name != "resolve-config":
+            command.add_argument(
+                "--run-uri", metavar="URI", help="s3://BUCKET/PREFIX/runs/NAME of a run that was resolved elsewhere"
+            )
         if name == "train":
             command.add_argument("--resume", default="auto", help="a checkpoint's path, or auto (the default)")
             command.add_argument("--device", help="cpu, cuda, cuda:1; the default is training.device")
@@ -112,6 +120,10 @@ def build_parser() -> argparse.ArgumentParser:
     command = add("doctor", doctor, "Check S3, MLflow, disk, devices and the data source, without starting anything.")
     _add_config(command)
     _add_home(command)
+    command.add_argument("--servers", action="store_true", help="check S3 and MLflow alone")
+    command.add_argument("--cluster", action="store_true", help="check the cluster of the kubeconfig instead")
+    command.add_argument("--pod", action="store_true", help="with --cluster: look at S3 and MLflow from a pod there")
+    command.add_argument("--endpoint", help="with --cluster: KFP server; the default is KF_PIPELINES_ENDPOINT")
 
     command = add("config", show_config, "Validate a configuration and print it in full.")
     _add_config(command)
@@ -130,7 +142,8 @@ def build_parser() -> argparse.ArgumentParser:
     pipeline = commands.add_parser("pipeline", help="The pipeline on a Kubeflow Pipelines server.")
     actions = pipeline.add_subparsers(title="actions", metavar="ACTION", required=True)
     command = add("compile", pipeline_compile, "Compile pipelines/pretrain.py (in a checkout).", into=actions)
-    command.add_argument("--output", type=Path, help="the YAML to write; the default is the committed one")
+    command.add_argument("--output", type=Path, help="the YAML to write; by default the committed ones are")
+    _add_pipeline(command)
     command = add("upload", pipeline_upload, "Upload the compiled pipeline, or a new version of it.", into=actions)
     _add_server(command)
     command = add("run", pipeline_run, "Upload where needed, start a run and follow it to its end.", into=actions)
@@ -140,6 +153,23 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "parameters", nargs="*", metavar="NAME=VALUE", help="pipeline parameters, such as config=default gpus=4"
     )
+
+    job = commands.add_parser("job", help="Training as a job of a Kubernetes cluster: PyTorchJob or TrainJob.")
+    actions = job.add_subparsers(title="actions", metavar="ACTION", required=True)
+    jobs: tuple[tuple[str, Any, str], ...] = (
+        ("render", job_render, "Print the job's manifests, for kubectl apply -f -."),
+        ("submit", job_submit, "Start the job, or find it running, and follow it to its end."),
+        ("logs", job_logs, "Print the log of the job's first pod."),
+        ("cancel", job_cancel, "Stop the job; its pods save their state first."),
+    )
+    for name, function, help in jobs:
+        command = add(name, function, help, into=actions)
+        _add_config(command)
+        _add_home(command)
+        command.add_argument("--run-uri", metavar="URI", help="s3://BUCKET/PREFIX/runs/NAME of a resolved run")
+        command.add_argument("--backend", choices=("auto", "pytorchjob", "trainjob", "local"), help="cluster.backend")
+        if name == "logs":
+            command.add_argument("--follow", "-f", action="store_true", help="go on as the log grows")
 
     command = add("sync", sync, "Send the metrics of a journal that did not reach MLflow.")
     command.add_argument("journal", type=Path)
@@ -154,12 +184,26 @@ def _add_config(command: argparse.ArgumentParser) -> None:
 
 
 def _add_settings(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--profile", metavar="FILE", help="a cluster's profile: YAML with a section cluster alone")
     command.add_argument(
         "--config", default="default", help=f"a file, or one of: {', '.join(packaged_configs())} (default: %(default)s)"
     )
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override, such as training.lr=3e-4; repeatable"
     )
+
+
+def _overrides(options: argparse.Namespace) -> list[str]:
+    """The settings of the profile, then those of the command line, which outrank them."""
+    if not options.profile:
+        return list(options.set)
+    from hjepa.steps import profile_settings
+
+    return [*profile_settings(options.profile), *options.set]
+
+
+def _config(options: argparse.Namespace) -> Config:
+    return load_config(options.config, _overrides(options))
 
 
 def _default_home() -> Path:
@@ -176,7 +220,20 @@ def _add_home(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_pipeline(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--pipeline", choices=PIPELINES, default=PIPELINES[0], help="which one (default: %(default)s)")
+    command.add_argument(
+        "--profile", type=Path, metavar="FILE", help="the cluster's profile, such as pipelines/profiles/gpu-node.yaml"
+    )
+    command.add_argument(
+        "--images-claim",
+        metavar="NAME",
+        help="PersistentVolumeClaim that prepare_data mounts at /data (data_root=/data)",
+    )
+
+
 def _add_server(command: argparse.ArgumentParser) -> None:
+    _add_pipeline(command)
     command.add_argument("--endpoint", help="KFP server; the default is KF_PIPELINES_ENDPOINT")
     command.add_argument("--namespace", help="KFP namespace, where the server serves many users")
     command.add_argument("--registry", help="HOST/NAMESPACE of the container images")
@@ -197,7 +254,7 @@ def run(options: argparse.Namespace) -> int:
     from hjepa.data.datasets import check_source
     from hjepa.summary import show
 
-    config = load_config(options.config, options.set)
+    config = _config(options)
     check_source(config.data)  # again in resolve_config, but a misspelt name should not have to wait for servers
     home: Path = options.home.expanduser().resolve()
     if home.exists() and not home.is_dir():
@@ -215,9 +272,17 @@ def run(options: argparse.Namespace) -> int:
         try:
             environment = _servers(stack, config)
             say(f"run {name}")
+            arguments = {
+                "config": _portable(options.config),
+                "overrides": _overrides(options),
+                "run": name,
+                "gpus": str(config.cluster.gpus_per_node),
+            }
+            if options.pipeline != PIPELINES[0] and config.cluster.backend == "auto":
+                arguments["backend"] = "local"  # all ranks on this machine
             finished = local_pipeline.run(
-                compiled_pipeline(),
-                {"config": _portable(options.config), "overrides": options.set, "run": name},
+                compiled_pipeline(options.pipeline),
+                arguments,
                 workdir=home / "runs" / name,
                 environment=environment,
             )
@@ -293,10 +358,10 @@ def _only_user(home: Path) -> Iterator[None]:
         yield
 
 
-def compiled_pipeline() -> Path:
+def compiled_pipeline(name: str = PIPELINES[0]) -> Path:
     """The compiled pipeline, from the installed package or the checkout."""
     package = Path(__file__).resolve().parent
-    for path in (package / "pipelines" / "pretrain.yaml", package.parents[1] / "pipelines/compiled/pretrain.yaml"):
+    for path in (package / "pipelines" / f"{name}.yaml", package.parents[1] / f"pipelines/compiled/{name}.yaml"):
         if path.exists():
             return path
     raise HjepaError("the compiled pipeline is missing from this installation; install hjepa again")
@@ -313,13 +378,14 @@ def _summary(finished: Any, options: argparse.Namespace, *, stack_stays: bool) -
     program, python = (os.path.relpath(path) for path in (sys.argv[0], sys.executable))
     home = [] if options.home == _default_home() else ["--home", str(options.home)]
     settings = [part for setting in options.set for part in ("--set", setting)]
+    settings += ["--profile", options.profile] if options.profile else []
     again = shlex.join([program, "run", "--config", options.config, *home, *settings, "--set", "model.num_levels=1"])
     up = "" if stack_stays else shlex.join([program, "stack", "up", *home]) + " && "
     variables = shlex.join([program, "stack", "env", *home])
     use = f"import hjepa; print(hjepa.load_encoder('{model_uri}'))"
     return Summary(
         dataset=read("prepare-data", "dataset"),
-        checkpoint=read("train", "checkpoint"),
+        checkpoint=read("train" if "train" in finished.steps else "launch-training", "checkpoint"),
         model=read("export-checkpoint", "model"),
         evaluation=read("evaluate", "evaluation"),
         registration=registration,
@@ -349,22 +415,59 @@ def _use_servers(options: argparse.Namespace, config: Config) -> None:
         say("note: S3 and MLflow of this machine are not running; start them with: hjepa stack up")
 
 
-def _files(options: argparse.Namespace) -> dict[str, str]:
-    """The manifests between the steps of this run, with the run itself resolved for this very configuration."""
-    from hjepa import steps
+def _files(options: argparse.Namespace, *needed: str) -> dict[str, str]:
+    """The manifests between the steps of a run, with the run itself resolved for this very configuration.
 
-    config = load_config(options.config, options.set)
+    Args:
+        needed: Kinds that the step reads; what is not here is brought from S3, where another machine left it.
+    """
+    from hjepa import steps
+    from hjepa.adapters.s3 import S3Store
+
+    if getattr(options, "run_uri", None):
+        return _files_of(options, needed)
+    config = _config(options)
     _use_servers(options, config)
     name = run_name(options, config)
-    folder = options.home / "runs" / name
-    names = ("resolved", "dataset", "checkpoint", "model", "evaluation", "registration")
-    files = {item: str(folder / f"{item}.json") for item in names}
+    files = _paths(options, name)
+    store = S3Store.from_config(config.storage)
     path = Path(files["resolved"])
-    if not path.exists() or json.loads(path.read_text("utf-8"))["config_digest"] != config.digest:
+    if not path.exists():
+        with contextlib.suppress(HjepaError):  # resolve_config says what is wrong with S3, and with the rest
+            steps.fetch_manifests(store, name, {"resolved": str(path)})
+    if not path.exists() or json.loads(path.read_text("utf-8"))["config"] != config.model_dump(mode="json"):
         steps.resolve_config(
-            config=_portable(options.config), overrides=options.set, settings={}, run=name, resolved_path=str(path)
+            config=_portable(options.config),
+            overrides=_overrides(options),
+            settings={},
+            run=name,
+            resolved_path=str(path),
+        )
+    absent = {kind: files[kind] for kind in needed if not Path(files[kind]).exists()}
+    steps.fetch_manifests(store, name, absent)
+    return files
+
+
+def _files_of(options: argparse.Namespace, needed: Sequence[str]) -> dict[str, str]:
+    """The manifests of the run that ``--run-uri`` names, all as they are in S3 now."""
+    from hjepa import steps
+
+    _use_servers(options, load_config())
+    store, name = steps.split_run_uri(options.run_uri)
+    files = _paths(options, name)
+    found = steps.fetch_manifests(store, name, {kind: files[kind] for kind in ("resolved", *needed)})
+    if "resolved" not in found:
+        raise UserError(
+            f"{options.run_uri} is no resolved run: {store.uri(f'runs/{name}/manifests/resolved.json')} does not exist "
+            f"at {store.endpoint}. Correct --run-uri, or run the pipeline or `hjepa resolve-config --run {name}` first"
         )
     return files
+
+
+def _paths(options: argparse.Namespace, name: str) -> dict[str, str]:
+    from hjepa.steps import MANIFESTS
+
+    return {kind: str(options.home / "runs" / name / f"{kind}.json") for kind in MANIFESTS}
 
 
 def resolve_config(options: argparse.Namespace) -> None:
@@ -380,16 +483,16 @@ def prepare_data(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """One step of a run, if that run has its data; else training on its own, without S3, MLflow or a pipeline."""
-    config = load_config(options.config, options.set)
-    prepared = options.home / "runs" / run_name(options, config) / "dataset.json"
-    if options.run_name is None and not prepared.exists():
-        from hjepa.training import train_alone
+    if options.run_uri is None and options.run_name is None:
+        config = _config(options)
+        if not Path(_paths(options, run_name(options, config))["dataset"]).exists():
+            from hjepa.training import train_alone
 
-        train_alone(config, resume=options.resume, device=options.device)
-        return
+            train_alone(config, resume=options.resume, device=options.device)
+            return
     from hjepa import steps
 
-    files = _files(options)
+    files = _files(options, "dataset")
     steps.train(
         resolved_path=files["resolved"],
         dataset_path=files["dataset"],
@@ -402,7 +505,7 @@ def train(options: argparse.Namespace) -> None:
 def export(options: argparse.Namespace) -> None:
     from hjepa import steps
 
-    files = _files(options)
+    files = _files(options, "dataset", "checkpoint")
     steps.export_checkpoint(
         resolved_path=files["resolved"],
         dataset_path=files["dataset"],
@@ -414,7 +517,7 @@ def export(options: argparse.Namespace) -> None:
 def evaluate(options: argparse.Namespace) -> None:
     from hjepa import steps
 
-    files = _files(options)
+    files = _files(options, "dataset", "model")
     metrics = steps.evaluate(
         resolved_path=files["resolved"],
         dataset_path=files["dataset"],
@@ -428,7 +531,7 @@ def evaluate(options: argparse.Namespace) -> None:
 def register(options: argparse.Namespace) -> None:
     from hjepa import steps
 
-    files = _files(options)
+    files = _files(options, "model", "evaluation")
     steps.register_model(
         resolved_path=files["resolved"],
         model_path=files["model"],
@@ -443,10 +546,13 @@ def register(options: argparse.Namespace) -> None:
 def doctor(options: argparse.Namespace) -> int:
     from hjepa.adapters import preflight
 
-    config = load_config(options.config, options.set)
+    config = _config(options)
+    if options.cluster:
+        return _doctor_of_cluster(config, options)
     _use_servers(options, config)
     embedded = config.storage.endpoint_url is None and "AWS_ENDPOINT_URL" not in os.environ
-    findings = preflight.check(config, servers=not embedded)
+    alone = {"masks": False, "source": False, "trains_here": False} if options.servers else {}
+    findings = preflight.check(config, servers=options.servers or not embedded, **alone)
     for finding in findings:
         say(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.name}: {finding.detail}")
         if not finding.ok and finding.remedy:
@@ -454,10 +560,25 @@ def doctor(options: argparse.Namespace) -> int:
     return 0 if all(finding.ok for finding in findings) else UserError.exit_code
 
 
+def _doctor_of_cluster(config: Config, options: argparse.Namespace) -> int:
+    from hjepa.adapters.cluster import doctor as of_cluster
+
+    def kfp() -> str:
+        from hjepa.adapters import kfp_server
+
+        return kfp_server.version(kfp_server.Server.from_environment(options.endpoint))
+
+    asked = options.endpoint or "KF_PIPELINES_ENDPOINT" in os.environ
+    rows = of_cluster.check(config, pod=options.pod, kfp=kfp if asked else None)
+    for line in of_cluster.render(rows):
+        say(line)
+    return UserError.exit_code if any(row.ok is False for row in rows) else 0
+
+
 def plan(options: argparse.Namespace) -> None:
     from hjepa import plan as planning
 
-    config = load_config(options.config, options.set)
+    config = _config(options)
     found = planning.plan(config, num_samples=options.images, world_size=options.ranks, picture=options.picture)
     say(planning.render(found))
 
@@ -472,7 +593,7 @@ def replay(options: argparse.Namespace) -> None:
 def show_config(options: argparse.Namespace) -> None:
     from hjepa.config import dump_yaml
 
-    print(dump_yaml(load_config(options.config, options.set)), end="")
+    print(dump_yaml(_config(options)), end="")
 
 
 def stack_up(options: argparse.Namespace) -> None:
@@ -514,34 +635,86 @@ def stack_down(options: argparse.Namespace) -> None:
 
 
 def pipeline_compile(options: argparse.Namespace) -> None:
+    if (options.profile or options.images_claim) and not options.output:
+        raise UserError("--profile and --images-claim need --output: the committed pipelines belong to no cluster")
+    output = [str(options.output.resolve())] if options.output else []
+    _compile(output, options)
+    say(output[0] if output else str(compiled_pipeline().parent))
+
+
+def _compile(output: Sequence[str], options: argparse.Namespace) -> None:
     import subprocess
 
     root = Path(__file__).resolve().parents[2]
     if not (root / "pipelines" / "pretrain.py").exists():
         raise UserError(
-            "hjepa pipeline compile needs a checkout of the repository; "
-            "the installed package brings the compiled pipeline along"
+            "compiling, and so --profile and --images-claim, needs a checkout of the repository; "
+            "the installed package brings the compiled pipelines along"
         )
-    output = [str(options.output.resolve())] if options.output else []
-    done = subprocess.run([sys.executable, "-m", "pipelines.pretrain", *output], cwd=root, check=False)
+    profile = ["--profile", str(options.profile.expanduser().resolve())] if options.profile else []
+    if options.profile:
+        from hjepa.steps import profile_settings
+
+        load_config("default", profile_settings(str(options.profile)))  # its mistakes, without a traceback
+    claim = ["--images-claim", options.images_claim] if options.images_claim else []
+    command = [sys.executable, "-m", "pipelines.pretrain", *output, "--pipeline", options.pipeline, *profile, *claim]
+    done = subprocess.run(command, cwd=root, check=False)
     if done.returncode:
         raise HjepaError(f"the pipeline did not compile (exit code {done.returncode})")
-    say(output[0] if output else str(root / "pipelines/compiled/pretrain.yaml"))
+
+
+@contextlib.contextmanager
+def _pipeline_file(options: argparse.Namespace) -> Iterator[Path]:
+    """The compiled pipeline, for the cluster of ``--profile``; and its registry, unless another is given."""
+    if not options.profile and not options.images_claim:
+        yield compiled_pipeline(options.pipeline)
+        return
+    import tempfile
+
+    if options.profile:
+        from hjepa.steps import profile_settings
+
+        cluster = load_config("default", profile_settings(str(options.profile))).cluster
+        options.registry = options.registry or cluster.registry or None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{options.pipeline}.yaml"
+        _compile([str(path)], options)
+        yield path
 
 
 def pipeline_upload(options: argparse.Namespace) -> None:
     from hjepa.adapters import kfp_server
 
     server = kfp_server.Server.from_environment(options.endpoint, namespace=options.namespace)
-    kfp_server.upload(
-        server, compiled_pipeline(), version=options.pipeline_version, registry=options.registry, report=say
-    )
+    with _pipeline_file(options) as compiled:
+        kfp_server.upload(server, compiled, version=options.pipeline_version, registry=options.registry, report=say)
 
 
 def pipeline_run(options: argparse.Namespace) -> None:
-    from hjepa.adapters import kfp_server, pipeline_spec
+    from hjepa.adapters import kfp_server
 
-    compiled = pipeline_spec.load(compiled_pipeline())
+    with _pipeline_file(options) as compiled:
+        arguments = _arguments(options, compiled)
+        server = kfp_server.Server.from_environment(options.endpoint, namespace=options.namespace)
+        arguments.setdefault("pipeline_ui", server.url)
+        submitted = kfp_server.run(
+            server,
+            compiled,
+            arguments,
+            experiment=options.experiment,
+            version=options.pipeline_version,
+            registry=options.registry,
+            report=say,
+        )
+    if not options.no_follow:
+        kfp_server.follow(server, submitted.run_id, report=say)
+
+
+def _arguments(options: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """The pipeline's parameters, checked as far as this machine can: what is wrong is found here, not in a pod."""
+    from hjepa.adapters import pipeline_spec
+
+    compiled = pipeline_spec.load(path)
     types = {name: item["parameterType"] for name, item in compiled.parameters.items()}
     arguments: dict[str, Any] = {}
     for text in options.parameters:
@@ -553,22 +726,90 @@ def pipeline_run(options: argparse.Namespace) -> None:
         except (yaml.YAMLError, ValueError):
             raise UserError(f"{text!r}: {value!r} is not a YAML value") from None
     compiled.check_arguments(arguments)
+    numbers = {"gpus": "cluster.gpus_per_node", "nodes": "cluster.nodes", "backend": "cluster.backend"}
+    numbers |= {"champion_margin": "tracking.champion_margin"}
+    plain = [f"{key}={arguments[name]}" for name, key in numbers.items() if arguments.get(name)]
+    if "config" in arguments or plain:
+        load_config(arguments.get("config", "default"), [*arguments.get("overrides", []), *plain])
     if "config" in arguments:
-        # A mistake in it is found here, not in a pod.
-        load_config(arguments["config"], arguments.get("overrides", []))
         arguments["config"] = _portable(arguments["config"])
-    server = kfp_server.Server.from_environment(options.endpoint, namespace=options.namespace)
-    submitted = kfp_server.run(
-        server,
-        compiled_pipeline(),
-        arguments,
-        experiment=options.experiment,
-        version=options.pipeline_version,
-        registry=options.registry,
-        report=say,
+    return arguments
+
+
+# -- jobs ------------------------------------------------------------------------------------------------------------
+
+
+def _backend(options: argparse.Namespace) -> list[str]:
+    return [f"cluster.backend={options.backend}"] if options.backend else []
+
+
+def _job_overrides(options: argparse.Namespace) -> list[str]:
+    return [*_overrides(options), *_backend(options)]
+
+
+def job_render(options: argparse.Namespace) -> None:
+    """Asks no server unless ``--run-uri`` names a run: then the manifest belongs to that very run."""
+    from hjepa import steps
+    from hjepa.adapters.cluster import launcher, render
+
+    if options.run_uri:
+        run = steps.Run.read(_files_of(options, ())["resolved"])
+        spec = steps.training_job(run, _job_overrides(options))
+    else:
+        config = load_config(options.config, _job_overrides(options))
+        name = run_name(options, config)
+        spec = steps.training_job(steps.Run(name, config, "", config.tracking.uri or ""))
+    chosen = launcher.BACKENDS.get(spec.cluster.backend)
+    if chosen is None:
+        raise UserError(
+            f"cluster.backend={spec.cluster.backend}: a manifest is of one kind; use --backend "
+            f"{' or --backend '.join(launcher.BACKENDS)}"
+        )
+    print(render.to_yaml(chosen.module.render(spec)), end="")
+
+
+def job_submit(options: argparse.Namespace) -> None:
+    from hjepa import steps
+
+    files = _files(options, "dataset")
+    steps.launch_training(
+        resolved_path=files["resolved"],
+        dataset_path=files["dataset"],
+        checkpoint_path=files["checkpoint"],
+        # Without --run-uri the run was just resolved with the other settings.
+        overrides=_job_overrides(options) if options.run_uri else _backend(options),
     )
-    if not options.no_follow:
-        kfp_server.follow(server, submitted.run_id, report=say)
+
+
+def _job(options: argparse.Namespace) -> tuple[str, Config]:
+    """(name of the job, configuration) of the run that the options name, without asking a server."""
+    from hjepa.adapters.cluster import spec
+    from hjepa.steps import split_run_uri
+
+    config = load_config(options.config, _job_overrides(options))
+    name = split_run_uri(options.run_uri)[1] if options.run_uri else run_name(options, config)
+    return spec.job_name(name), config
+
+
+def job_logs(options: argparse.Namespace) -> None:
+    from hjepa.adapters.cluster import jobs
+
+    name, config = _job(options)
+    for line in jobs.log(
+        name, backend=config.cluster.backend, namespace=config.cluster.namespace, follow=options.follow
+    ):
+        print(line, flush=True)
+
+
+def job_cancel(options: argparse.Namespace) -> None:
+    from hjepa.adapters.cluster import launcher
+
+    name, config = _job(options)
+    deleted = launcher.cancel(name, backend=config.cluster.backend, namespace=config.cluster.namespace)
+    if not deleted:
+        raise UserError(f"there is no job {name}; `kubectl get trainjobs,pytorchjobs -l app.kubernetes.io/name=hjepa`")
+    for item in deleted:
+        say(f"{item}: deleted; `hjepa job submit` goes on from the last checkpoint")
 
 
 def sync(options: argparse.Namespace) -> None:

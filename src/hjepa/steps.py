@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,15 +25,28 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+
+import yaml
 
 from hjepa import __version__
 from hjepa.adapters import preflight
 from hjepa.adapters.lifeline import die_with_parent
 from hjepa.adapters.s3 import ObjectNotFoundError, S3Store
 from hjepa.adapters.tracking import MetricStream, Tracker, tracking_uri
-from hjepa.config import Config, dump_yaml, flatten, load_config, sha256_json, validate
+from hjepa.config import (
+    Config,
+    dump_yaml,
+    flatten,
+    load_config,
+    parse_yaml,
+    read_source,
+    sha256_json,
+    validate,
+)
 from hjepa.errors import FutileRetryError, HjepaError, PreemptedError, UserError
 from hjepa.utils.files import file_sha256
 from hjepa.utils.logging import append_json_line, say, warn
@@ -41,6 +55,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from hjepa.adapters.cluster.spec import TrainSpec
     from hjepa.distributed import World
     from hjepa.utils.checkpoint import SavedCheckpoint
 
@@ -49,6 +64,10 @@ T = TypeVar("T")
 Json = dict[str, Any]
 
 SCHEMA = 1
+MANIFESTS = ("resolved", "dataset", "checkpoint", "model", "evaluation", "registration")
+MLFLOW_FORWARDED = ("MLFLOW_EXPERIMENT_ID", "MLFLOW_WORKSPACE", "MLFLOW_TRACKING_AUTH")
+JOB = "job.json"  # the training job that was launched for the run
+ERROR = "error.json"  # why the run's last try failed
 DECISIVE = ("knn_top1", "linear_top1", "rankme")
 PIXELS = 32  # side of the raw-pixel baseline; a linear probe on more would not fit into memory
 
@@ -71,7 +90,7 @@ def step(function: Callable[P, T]) -> Callable[P, T]:
             error = as_hjepa_error(problem)
             if os.environ.get("RANK", "0") == "0":  # one report for all of torchrun's ranks
                 report_error(function.__name__, error)
-                _close_run(kwargs.get("resolved_path"), error)
+                _close_run(kwargs.get("resolved_path"), function.__name__, error)
             if not in_task:
                 raise error from (None if error is not problem else problem.__cause__)
             say(f"{function.__name__} failed: {error}")
@@ -100,11 +119,21 @@ def as_hjepa_error(problem: HjepaError | OSError) -> HjepaError:
     return HjepaError(f"{name}: {problem}")
 
 
-def _close_run(resolved_path: object, error: HjepaError) -> None:
-    """Mark the MLflow run as ended, so that it does not seem to run for ever; resuming opens it again."""
-    if isinstance(resolved_path, str) and Path(resolved_path).exists():
-        status: Literal["KILLED", "FAILED"] = "KILLED" if isinstance(error, PreemptedError) else "FAILED"
-        Run.read(resolved_path).tracker.finish(status)
+def _close_run(resolved_path: object, name: str, error: HjepaError) -> None:
+    """Mark the MLflow run as ended, so that it does not seem to run for ever; resuming opens it again.
+
+    The reason goes to S3 too, where ``report`` finds it: KFP itself only knows that a task failed.
+    """
+    if not isinstance(resolved_path, str) or not Path(resolved_path).exists():
+        return
+    run = Run.read(resolved_path)
+    status: Literal["KILLED", "FAILED"] = "KILLED" if isinstance(error, PreemptedError) else "FAILED"
+    run.tracker.finish(status)
+    record = {"step": name, "message": str(error), "exit_code": error.exit_code, "job": run.job}
+    try:
+        run.store.put_json(run.key(ERROR), record)
+    except HjepaError as problem:  # the step's own error is the one to raise
+        warn(f"the reason is not stored in S3: {problem}")
 
 
 def report_error(name: str, error: HjepaError) -> None:
@@ -154,12 +183,15 @@ class Run:
     config: Config
     mlflow_run_id: str
     tracking_uri: str
+    job: str = ""  # id of the KFP run
 
     @classmethod
     def read(cls, path: str | Path) -> Run:
         content = read_manifest(path, "resolved")
-        run = content["run"]
-        return cls(run["name"], validate(content["config"]), run["mlflow_run_id"], run["tracking_uri"])
+        run, config = content["run"], validate(content["config"])
+        # From another machine the same server may have another address.
+        here = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+        return cls(run["name"], config, run["mlflow_run_id"], here or run["tracking_uri"], run.get("job", ""))
 
     @functools.cached_property
     def store(self) -> S3Store:
@@ -172,17 +204,30 @@ class Run:
     def key(self, name: str) -> str:
         return f"runs/{self.name}/{name}"
 
+    @property
+    def uri(self) -> str:
+        """Where everything of this run is stored; ``--run-uri`` takes it."""
+        return self.store.uri(f"runs/{self.name}")
+
     def finished(self, name: str, inputs: Json) -> Json | None:
         """The recorded result of a step of this run, if it was made from the same inputs."""
+        result = self.recorded(name, inputs)
+        if result is not None:
+            say(f"{name}: already done for run {self.name}, nothing to do")
+        return result
+
+    def recorded(self, name: str, inputs: Json) -> Json | None:
         try:
             record = self.store.get_json(self.key(f"steps/{name}.json"))
         except ObjectNotFoundError:
             return None
-        if record["inputs"] != sha256_json(inputs):
-            return None
-        say(f"{name}: already done for run {self.name}, nothing to do")
         result: Json = record["result"]
-        return result
+        return result if record["inputs"] == sha256_json(inputs) else None
+
+    def hand_over(self, kind: str, path: str | Path, manifest: Mapping[str, Any]) -> None:
+        """Write a manifest for the next step, here and in S3, where a step on another machine finds it."""
+        write_manifest(path, manifest)
+        self.store.put_json(self.key(f"manifests/{kind}.json"), manifest)
 
     def record(self, name: str, inputs: Json, result: Json) -> None:
         self.store.put_json(self.key(f"steps/{name}.json"), {"inputs": sha256_json(inputs), "result": result})
@@ -204,8 +249,58 @@ def read_manifest(path: str | Path, kind: str) -> Json:
 
 
 def write_manifest(path: str | Path, content: Mapping[str, Any]) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(content, indent=1), "utf-8")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Every rank of a node may fetch the same manifest, so a reader must never meet half of one.
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(content, indent=1), "utf-8")
+    partial.replace(path)
+
+
+def fetch_manifests(store: S3Store, run: str, files: Mapping[str, str]) -> list[str]:
+    """Bring manifests of a run from S3 to this machine.
+
+    Args:
+        files: Kind -> where to write it.
+
+    Returns:
+        The kinds that S3 has.
+    """
+    found = []
+    for kind, path in files.items():
+        with contextlib.suppress(ObjectNotFoundError):
+            write_manifest(path, store.get_json(f"runs/{run}/manifests/{kind}.json"))
+            found.append(kind)
+    return found
+
+
+def split_run_uri(uri: str) -> tuple[S3Store, str]:
+    """The store and the name of the run that ``s3://bucket/prefix/runs/NAME`` names.
+
+    Raises:
+        UserError: it is no such URI.
+    """
+    base, runs, name = uri.rstrip("/").rpartition("/runs/")
+    if not runs or not name or "/" in name:
+        raise UserError(f"run URI {uri!r}: expected s3://BUCKET/PREFIX/runs/NAME, as `hjepa job render` prints it")
+    return S3Store(base, region=os.environ.get("AWS_REGION", "us-east-1")), name
+
+
+def profile_settings(source: str) -> list[str]:
+    """The overrides that a cluster profile stands for: YAML text, or a file, with nothing but a ``cluster`` section.
+
+    Raises:
+        UserError: it cannot be read, or has other sections.
+    """
+    name, text = read_source(source)
+    try:
+        tree = parse_yaml(text) or {}
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"profile {name} is not valid YAML: {error}") from None
+    cluster = tree.get("cluster") or {} if isinstance(tree, dict) else None
+    if not isinstance(cluster, dict) or set(tree) - {"cluster"}:
+        raise UserError(f"profile {name}: expected one section, cluster; other settings belong into --config or --set")
+    return [f"cluster.{key}={json.dumps(value)}" for key, value in cluster.items()]
 
 
 # -- resolve_config --------------------------------------------------------------------------------------------------
@@ -219,7 +314,10 @@ def resolve_config(
     settings: Mapping[str, str],
     run: str,
     resolved_path: str,
-) -> None:
+    profile: str = "",
+    job: str = "",
+    pipeline_ui: str = "",
+) -> Json:
     """Validate the configuration, check that the run can succeed, and create its MLflow run.
 
     Args:
@@ -228,20 +326,29 @@ def resolve_config(
         settings: Dotted key -> text, laid over the overrides; an empty text keeps what the configuration says.
         run: Name of the run; the same name goes on with the same run.
         resolved_path: Where the resolved run is written.
+        profile: The cluster's, as YAML; ``overrides`` outrank it.
+        job: Id of the KFP run.
+        pipeline_ui: Address of the KFP UI, for the link from MLflow.
+
+    Returns:
+        The resolved run's identity: name, MLflow run id and URL, S3 URI.
 
     Raises:
         UserError: for every mistake in the configuration, or every failed preflight check, at once.
     """
-    quoted = [f"{key}={json.dumps(value)}" for key, value in settings.items() if value]
-    tree = load_config(config, [*overrides, *quoted])
-    # In a cluster this step has neither the GPUs nor the volumes of the steps that need them.
-    here = "KUBERNETES_SERVICE_HOST" not in os.environ
+    tree = _load(config, overrides, settings, profile)
+    # In an image of its own this step has neither the GPUs nor the volumes of the steps that need them.
+    here = "KUBERNETES_SERVICE_HOST" not in os.environ and find_spec("torch") is not None
     preflight.require(preflight.check(tree, source=here, trains_here=here))
     uri = tracking_uri(tree.tracking.uri)
     tags = {"hjepa.config_digest": tree.digest, "hjepa.code_version": code_version()}
-    tags |= {
-        f"hjepa.{name}": value for name in ("kfp_run_id", "image_digest") if (value := os.environ.get(name.upper()))
-    }
+    if digest := os.environ.get("IMAGE_DIGEST"):
+        tags["hjepa.image_digest"] = digest
+    if job and (pipeline_ui or not here):
+        tags["hjepa.kfp_run_id"] = job
+    if job and pipeline_ui:
+        tags["hjepa.kfp_run_url"] = link = f"{pipeline_ui.rstrip('/')}/#/runs/details/{job}"
+        tags["mlflow.note.content"] = f"Pipeline run: [{run}]({link})"
     tracker = Tracker.create_or_resume(
         tree.tracking,
         experiment=tree.logging.experiment_name,
@@ -254,15 +361,28 @@ def resolve_config(
         path = Path(folder) / "config.yaml"
         path.write_text(dump_yaml(tree), "utf-8")
         tracker.log_artifact(path)
+    identity = {"name": run, "mlflow_run_id": tracker.run_id, "mlflow_url": tracker.url, "tracking_uri": uri}
     write_manifest(
         resolved_path,
         {
             "schema": SCHEMA,
-            "run": {"name": run, "mlflow_run_id": tracker.run_id, "mlflow_url": tracker.url, "tracking_uri": uri},
+            "run": {**identity, "job": job},
             "config": tree.model_dump(mode="json"),
             "config_digest": tree.digest,
         },
     )
+    resolved = Run.read(resolved_path)
+    if resolved.store.head(resolved.key(ERROR)) is not None:  # of an earlier try
+        tracker.set_tags({"hjepa.failed_step": "", "hjepa.failure": ""})
+        resolved.store.delete(resolved.key(ERROR))
+    resolved.hand_over("resolved", resolved_path, read_manifest(resolved_path, "resolved"))
+    return {**identity, "uri": resolved.uri}
+
+
+def _load(config: str, overrides: Sequence[str], settings: Mapping[str, str], profile: str) -> Config:
+    plain = {"cluster.nodes", "cluster.gpus_per_node", "tracking.champion_margin"}  # numbers; the rest are texts
+    given = [f"{key}={value if key in plain else json.dumps(value)}" for key, value in settings.items() if value]
+    return load_config(config, [*(profile_settings(profile) if profile else []), *overrides, *given])
 
 
 # -- prepare_data ----------------------------------------------------------------------------------------------------
@@ -297,7 +417,7 @@ def prepare_data(*, resolved_path: str, dataset_path: str) -> None:
     }
     run.tracker.set_tags({"hjepa.dataset": manifest["name"], "hjepa.dataset_digest": manifest["digest"]})
     run.tracker.log_dataset(manifest["name"], manifest["digest"][:16], manifest["uri"], "training")
-    write_manifest(dataset_path, manifest)
+    run.hand_over("dataset", dataset_path, manifest)
     for note in manifest["source"]["notes"]:
         say(f"note: {note}")
     counts = ", ".join(f"{split['samples']:,} {name}" for name, split in manifest["splits"].items())
@@ -399,7 +519,7 @@ def train(
             run.record("train", inputs, manifest)
     distributed.close()
     if world.is_main:
-        write_manifest(checkpoint_path, manifest)
+        run.hand_over("checkpoint", checkpoint_path, manifest)
         say(f"checkpoint: step {manifest['step']}, {manifest['images_seen']:,} images seen, {manifest['uri']}")
 
 
@@ -462,6 +582,78 @@ def _train(run: Run, dataset: Json, resume: str, device: str, world: World) -> J
         run.tracker.log_artifact(picture)
     uploads.finish([step for _, _, step in trainer.checkpoints.ranking])
     return uploads.best(config.checkpoint.metric, config.checkpoint.mode)
+
+
+@step
+def launch_training(
+    *, resolved_path: str, dataset_path: str, checkpoint_path: str, overrides: Sequence[str] = ()
+) -> None:
+    """Train in a job of its own, over as many nodes as ``cluster`` says, and follow it to its end.
+
+    The pods of the job run ``train`` on the manifests in S3. A job that an earlier try left running is followed.
+
+    Args:
+        overrides: Of the section ``cluster``, such as cluster.nodes=4.
+
+    Raises:
+        UserError: the cluster refuses the job, or can never run it.
+        FutileRetryError: training collapsed or diverged.
+        PreemptedError: told to stop.
+        HjepaError: the job failed, with its cause, or ended without a result.
+    """
+    from hjepa.adapters.cluster import launcher
+
+    run = Run.read(resolved_path)
+    dataset = read_manifest(dataset_path, "dataset")
+    inputs = {"config": run.config.digest, "dataset": dataset["digest"]}
+    if (manifest := run.finished("train", inputs)) is None:
+        # What the pods read; S3 may still hold those of an earlier try.
+        run.hand_over("resolved", resolved_path, read_manifest(resolved_path, "resolved"))
+        run.hand_over("dataset", dataset_path, dataset)
+        spec = training_job(run, overrides)
+        cluster = spec.cluster
+        if cluster.backend != "local":  # for ``report``, which stops what a killed launcher leaves
+            run.store.put_json(run.key(JOB), {"name": spec.name, "namespace": cluster.namespace})
+        say(f"job {spec.name}: nodes {cluster.nodes}, ranks {spec.ranks}, image {spec.image}")
+        manifest = launcher.launch(
+            spec,
+            backend=cluster.backend,
+            namespace=cluster.namespace,
+            result=lambda: run.recorded("train", inputs),
+            run=run.name,
+        )
+    run.hand_over("checkpoint", checkpoint_path, manifest)
+    say(f"checkpoint: step {manifest['step']}, {manifest['images_seen']:,} images seen, {manifest['uri']}")
+
+
+def training_job(run: Run, overrides: Sequence[str] = ()) -> TrainSpec:
+    """The training job of a run, as ``launch_training`` starts it.
+
+    Raises:
+        UserError: ``overrides`` change more than the section ``cluster``.
+    """
+    from hjepa.adapters.cluster import spec
+
+    config = load_config(dump_yaml(run.config), overrides)
+    if config.digest != run.config.digest:
+        raise UserError("a job takes other settings of the section cluster alone; for the rest, resolve a new run")
+    env = spec.job_env(config, run=run.name, mlflow_run_id=run.mlflow_run_id, tracking_uri=run.tracking_uri)
+    # What KFP's MLflow plug-in sets beside the run's id. A token is not among it: that comes from a Secret.
+    forwarded = {name: os.environ[name] for name in MLFLOW_FORWARDED if name in os.environ}
+    # Nothing that differs between two tries, such as the id of the KFP run: the second would not know the job again.
+    return spec.TrainSpec(
+        name=spec.job_name(run.name),
+        image=spec.train_image(config.cluster),
+        args=("train", "--run-uri", run.uri),
+        cluster=config.cluster,
+        env=forwarded | env,
+        labels={"hjepa.dev/run": label_value(run.name)},
+    )
+
+
+def label_value(text: str) -> str:
+    """``text`` as Kubernetes takes it for a label: at most 63 of A-Z a-z 0-9 ``-_.``, no sign at either end."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", text)[:63].strip("-_.")
 
 
 class CheckpointUploads:
@@ -654,7 +846,7 @@ def export_checkpoint(*, resolved_path: str, dataset_path: str, checkpoint_path:
         with tempfile.TemporaryDirectory() as folder:
             manifest = _export(run, dataset, checkpoint, Path(folder))
         run.record("export_checkpoint", inputs, manifest)
-    write_manifest(model_path, manifest)
+    run.hand_over("model", model_path, manifest)
     say(f"export {manifest['digest'][:16]}: {manifest['uri']}, largest difference {manifest['max_abs_difference']:.1e}")
 
 
@@ -696,6 +888,7 @@ def _export(run: Run, dataset: Json, checkpoint: Json, folder: Path) -> Json:
         **made,
         "checkpoint": checkpoint,
         "max_abs_difference": difference,
+        "packages": {name: version(name) for name in ("torch", "numpy", "safetensors")},
     }
     store.put_json(f"{key}/model.json", manifest)
     return manifest
@@ -731,7 +924,7 @@ def evaluate(*, resolved_path: str, dataset_path: str, model_path: str, evaluati
         run.tracker.log_table("evaluation.json", columns)
         run.record("evaluate", inputs, manifest)
     metrics: dict[str, float] = manifest["metrics"]
-    write_manifest(evaluation_path, manifest)
+    run.hand_over("evaluation", evaluation_path, manifest)
     return metrics
 
 
@@ -845,6 +1038,83 @@ def register_model(*, resolved_path: str, model_path: str, evaluation_path: str,
     rival = registry.run_of_champion(run.tracker, registration)
     if rival and rival != run.mlflow_run_id:
         result["compare_url"] = run.tracker.compare_url([rival, run.mlflow_run_id])
-    write_manifest(registration_path, result)
+    run.hand_over("registration", registration_path, result)
     say(f"{registration.name} version {registration.version} is {registration.alias}: {registration.reason}")
     return result
+
+
+# -- report ----------------------------------------------------------------------------------------------------------
+
+
+@step
+def report(
+    *,
+    config: str,
+    overrides: Sequence[str],
+    settings: Mapping[str, str],
+    profile: str,
+    run: str,
+    job: str,
+    state: str,
+    message: str,
+    summary_path: str,
+) -> None:
+    """Say how a pipeline ended; after a failure name its cause in the log and in MLflow, and stop what still runs.
+
+    The last step, whatever happened before: it has the pipeline's parameters and no other step's output.
+
+    Args:
+        config, overrides, settings, profile, run, job: As ``resolve_config`` got them.
+        state: SUCCEEDED, FAILED or CANCELLED, as KFP sees it.
+        message: What KFP says about it.
+        summary_path: Where the same is written as Markdown.
+    """
+    if state == "SUCCEEDED":
+        text = f"run {run}: succeeded"
+    else:
+        step, cause = _cause(config, overrides, settings, profile, run, job) or ("", message or "no reason was given")
+        text = f"run {run}: {state.lower()}" + (f" in {step}" if step else "") + f": {cause}"
+    say(text)
+    Path(summary_path).write_text(text + "\n", "utf-8")
+
+
+def _cause(
+    config: str, overrides: Sequence[str], settings: Mapping[str, str], profile: str, run: str, job: str
+) -> tuple[str, str] | None:
+    """(step, reason) of a failed try; None where the step could not say it, as when it was killed."""
+    try:
+        tree = _load(config, overrides, settings, profile)
+        store = S3Store.from_config(tree.storage)
+        with tempfile.TemporaryDirectory() as folder:
+            path = str(Path(folder) / "resolved.json")
+            known = fetch_manifests(store, run, {"resolved": path})
+            opened = Run.read(path) if known else None
+    except HjepaError as error:  # the mistake, or the server that is gone, which stopped the pipeline's first step too
+        return "resolve_config", str(error)
+    if opened is None or opened.job != job:
+        return "resolve_config", "it ended before the run was opened; its log has the reason"
+    record: Json = {}
+    with contextlib.suppress(ObjectNotFoundError):
+        record = store.get_json(opened.key(ERROR))
+    told = record if record.get("job") == job else {}
+    if told:
+        opened.tracker.set_tags({"hjepa.failed_step": told["step"], "hjepa.failure": told["message"]})
+    opened.tracker.finish("KILLED" if told.get("exit_code") == PreemptedError.exit_code else "FAILED")
+    _stop_job(opened)
+    return (told["step"], told["message"]) if told else None
+
+
+def _stop_job(run: Run) -> None:
+    """A launcher that was killed leaves its job running, on GPUs that nobody waits for."""
+    from hjepa.adapters.cluster import jobs, launcher
+
+    try:
+        job = run.store.get_json(run.key(JOB))
+    except ObjectNotFoundError:
+        return
+    try:
+        if jobs.is_active(job["name"], namespace=job["namespace"]):
+            for deleted in launcher.cancel(job["name"], namespace=job["namespace"]):
+                say(f"{deleted}: was still running, and is stopped")
+    except HjepaError as error:  # the report itself is what matters
+        warn(f"job {job['name']} could not be looked at; the janitor ends it if it still runs: {error}")

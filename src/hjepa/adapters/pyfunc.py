@@ -1,16 +1,19 @@
-"""The file that MLflow stores beside an exported encoder and runs to load it: code and safetensors, no pickle."""
+"""The file that MLflow stores beside an exported encoder and runs to load it: code and safetensors, no pickle.
+
+MLflow runs it when it saves the model too, in an image without torch: that is imported with the first use.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlflow
 import numpy as np
-import torch
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from hjepa.export import load_export
+if TYPE_CHECKING:
+    import torch
 
 _BATCH = 256  # images embedded at once, whatever the caller passes
 
@@ -19,6 +22,8 @@ class HJEPAEncoder(PythonModel):  # type: ignore[misc] # mlflow is not typed
     """Images in, embeddings out, through the preprocessing and the encoder of the export."""
 
     def load_context(self, context: PythonModelContext) -> None:
+        from hjepa.export import load_export
+
         self.encoder = load_export(Path(context.artifacts["export"]))
 
     def predict(
@@ -52,6 +57,8 @@ class HJEPAEncoder(PythonModel):  # type: ignore[misc] # mlflow is not typed
 
 def _to_tensor(images: np.ndarray) -> torch.Tensor:
     """uint8 [N, H, W] or [N, H, W, C] -> [N, C, H, W]."""
+    import torch
+
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise ValueError(

@@ -29,7 +29,6 @@ from hjepa.adapters.tracking import (
 )
 from hjepa.config import sha256_json
 from hjepa.errors import HjepaError, UserError
-from hjepa.export import WEIGHTS
 from hjepa.utils.files import file_sha256
 
 if TYPE_CHECKING:
@@ -376,7 +375,7 @@ def _log_model(
             artifacts={"export": str(staged)},
             signature=signature,
             input_example=np.ascontiguousarray(example, dtype=np.uint8),
-            pip_requirements=_requirements(),
+            pip_requirements=_requirements(model),
             mlflow_model=Model(
                 artifact_path=logged.artifact_location,
                 model_uuid=logged.model_id,
@@ -390,11 +389,13 @@ def _log_model(
     return str(logged.model_id)
 
 
-def _requirements() -> list[str]:
-    """Spelt out, since MLflow would otherwise load the model in a child process to find them by import."""
-    pins = [
-        f"{package}=={installed_version(package).partition('+')[0]}" for package in ("torch", "numpy", "safetensors")
-    ]
+def _requirements(model: Mapping[str, Any]) -> list[str]:
+    """Spelt out, since MLflow would otherwise load the model in a child process to find them by import.
+
+    Those of the export, as this process may have no torch of its own.
+    """
+    packages = model.get("packages") or {name: installed_version(name) for name in ("torch", "numpy", "safetensors")}
+    pins = [f"{package}=={version.partition('+')[0]}" for package, version in packages.items()]
     return [f"hjepa=={hjepa.__version__}", *pins]
 
 
@@ -478,6 +479,8 @@ def fetch_export(uri: str) -> Path:
         raise UserError(
             f"cannot fetch {uri!r}: expected models:/name@alias, models:/name/1, runs:/..., s3://... or a folder"
         )
+    from hjepa.export import WEIGHTS  # brings torch, which registering does without
+
     folder = Path(uri).expanduser()
     if not (folder / WEIGHTS).is_file():
         raise UserError(
