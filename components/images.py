@@ -14,7 +14,7 @@ def _image(name: str) -> str:
     return f"hjepa-{name}:{VERSION}"
 
 
-PREPARE_DATA = _image("prepare-data")  # decodes and shards; no torch training stack needed
-TRAIN = _image("train")  # torch with CUDA
-EVALUATE = _image("evaluate")  # torch, and the probes
-TOOLS = _image("tools")  # S3 and MLflow only
+PREPARE_DATA = _image("prepare-data")  # torch, with which torchvision reads its data sets
+TRAIN = _image("train")  # torch with CUDA, which runs on CPUs too
+EVALUATE = _image("evaluate")  # torch: exports, probes
+TOOLS = _image("tools")  # S3, MLflow and the Kubernetes API only

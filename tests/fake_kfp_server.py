@@ -131,6 +131,15 @@ def check_parameters(spec: dict[str, Any], given: dict[str, Any]) -> None:
             raise ApiError(HTTPStatus.BAD_REQUEST, f"parameter {name} has no value")
 
 
+def in_containers(spec: dict[str, Any], tasks: dict[str, Any]) -> list[str]:
+    """The tasks that become pods, in order; groups (exit handlers) are opened."""
+    names: list[str] = []
+    for name in topological(tasks):
+        component = spec["components"][tasks[name]["componentRef"]["name"]]
+        names += in_containers(spec, component["dag"]["tasks"]) if "dag" in component else [name]
+    return names
+
+
 def topological(tasks: dict[str, Any]) -> list[str]:
     order: list[str] = []
     while len(order) < len(tasks):
@@ -150,7 +159,7 @@ def run_view(run: dict[str, Any], state: State) -> dict[str, Any]:
         {"display_name": name, "state": "SUCCEEDED"} for name in ("root-driver", "root")
     ]  # what Argo adds, as a real server lists it
     overall = "PENDING" if looks < 1 else "RUNNING"
-    for index, name in enumerate(topological(spec["root"]["dag"]["tasks"])):
+    for index, name in enumerate(in_containers(spec, spec["root"]["dag"]["tasks"])):
         begins = 1 + index * state.task_looks
         ends = begins + state.task_looks
         if run["_terminated"] and looks < ends:

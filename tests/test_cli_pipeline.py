@@ -24,7 +24,13 @@ def test_run__creates_everything_and_follows_to_the_end() -> None:
         state = server.state
         (run,) = state.runs.values()
         given = run["runtime_config"]["parameters"]
-        assert given == {"config": "demo", "gpus": "4", "overrides": ["training.lr=3e-4"]}
+        # The address is for the link from the MLflow run to this one.
+        assert given == {
+            "config": "demo",
+            "gpus": "4",
+            "overrides": ["training.lr=3e-4"],
+            "pipeline_ui": server.url,
+        }
         assert len(state.pipelines) == len(state.versions) == len(state.experiments) == 1
         again = hjepa("upload", "--endpoint", server.url)
         assert again.returncode == 0
@@ -49,6 +55,10 @@ def test_run__mistakes_are_found_before_anything_is_sent() -> None:
             (["confg=demo"], "confg"),
             (["config=demo", 'overrides=["training.lr=fast"]'], "training.lr"),
             (["config"], "expected NAME=VALUE"),
+            (["gpus=many"], "cluster.gpus_per_node"),
+            (["champion_margin=-1"], "tracking.champion_margin"),
+            (["--pipeline", "pretrain-distributed", "nodes=0"], "cluster.nodes"),
+            (["--pipeline", "pretrain-distributed", "backend=slurm"], "cluster.backend"),
         ):
             done = hjepa("run", "--endpoint", server.url, *arguments)
             assert done.returncode == 2
@@ -62,3 +72,46 @@ def test_upload__unreachable_server_is_one_clear_message() -> None:
     assert done.returncode == 2
     assert "127.0.0.1:9" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_upload__for_a_profile_is_another_version_with_its_placement_and_registry(tmp_path: Path) -> None:
+    profile = tmp_path / "profile.yaml"
+    profile.write_text(
+        "cluster: {registry: registry.example.com/team, s3_secret: team-s3, gpus_per_node: 2}\n", "utf-8"
+    )
+    with FakeKfpServer() as server:
+        plain = hjepa("upload", "--endpoint", server.url)
+        placed = hjepa("run", "--endpoint", server.url, "--profile", str(profile), "--no-follow", "config=demo")
+        assert plain.returncode == placed.returncode == 0, placed.stderr
+        assert len(server.state.pipelines) == 1
+        _, version = server.state.versions.values()
+        spec, platform = (version["pipeline_spec"][key] for key in ("pipeline_spec", "platform_spec"))
+    images = {item["container"]["image"] for item in spec["deploymentSpec"]["executors"].values()}
+    assert all(image.startswith("registry.example.com/team/hjepa-") for image in images)
+    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values()
+    assert all(item["secretAsEnv"][0]["secretName"] == "team-s3" for item in executors)
+    assert spec["root"]["inputDefinitions"]["parameters"]["gpus"]["defaultValue"] == "2"
+
+
+def test_compile__mistakes_in_a_profile_are_told_without_a_traceback(tmp_path: Path) -> None:
+    profile = tmp_path / "profile.yaml"
+    for text, message in (
+        ("cluster: {nodes: many}", "cluster.nodes"),
+        ("training: {epochs: 1}", "one section, cluster"),
+    ):
+        profile.write_text(text, "utf-8")
+        done = hjepa("compile", "--profile", str(profile), "--output", str(tmp_path / "out.yaml"))
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+    nowhere = hjepa("compile", "--profile", str(profile))
+    assert nowhere.returncode == 2
+    assert "--output" in nowhere.stderr
+
+
+def test_compile__writes_the_named_pipeline(tmp_path: Path) -> None:
+    output = tmp_path / "out.yaml"
+    done = hjepa("compile", "--pipeline", "pretrain-distributed", "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    compiled = Path(__file__).parents[1] / "pipelines" / "compiled" / "pretrain-distributed.yaml"
+    assert output.read_bytes() == compiled.read_bytes()

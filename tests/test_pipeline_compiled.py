@@ -17,14 +17,18 @@ from kfp import components
 from kfp.kubernetes import kubernetes_executor_config_pb2
 from kfp.pipeline_spec import pipeline_spec_pb2
 
+from hjepa import steps
 from hjepa.adapters import pipeline_spec
+from hjepa.adapters.cluster.spec import train_image
 from hjepa.adapters.pipeline_spec import CompiledPipeline
+from hjepa.config import Config, load_config
 from hjepa.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 ALL_COMPILED = sorted((ROOT / "pipelines" / "compiled").glob("*.yaml"))
 PRETRAIN = ROOT / "pipelines" / "compiled" / "pretrain.yaml"
-STEPS = ["resolve-config", "prepare-data", "train", "export-checkpoint", "evaluate", "register-model"]
+DISTRIBUTED = ROOT / "pipelines" / "compiled" / "pretrain-distributed.yaml"
+STEPS = ["resolve-config", "prepare-data", "train", "export-checkpoint", "evaluate", "register-model", "report"]
 
 compiled_pipelines = pytest.mark.parametrize("path", ALL_COMPILED, ids=lambda path: path.stem)
 
@@ -49,12 +53,12 @@ def kubernetes(pipeline: CompiledPipeline) -> dict[str, Any]:
 def test_compiled__is_what_the_source_compiles_to(path: Path, hash_seed: str, tmp_path: Path) -> None:
     fresh = tmp_path / path.name
     subprocess.run(
-        [sys.executable, "-m", f"pipelines.{path.stem}", str(fresh)],
+        [sys.executable, "-m", "pipelines.pretrain", "--pipeline", path.stem, str(fresh)],
         cwd=ROOT,
         env={**os.environ, "PYTHONHASHSEED": hash_seed},
         check=True,
     )
-    assert fresh.read_bytes() == path.read_bytes(), f"python -m pipelines.{path.stem} brings {path.name} up to date"
+    assert fresh.read_bytes() == path.read_bytes(), f"python -m pipelines.pretrain brings {path.name} up to date"
 
 
 @compiled_pipelines
@@ -108,24 +112,117 @@ def test_pretrain__steps_in_order(pretrain: CompiledPipeline) -> None:
     assert pretrain.steps() == STEPS
 
 
-def test_pretrain__every_task_has_credentials_by_name_a_time_limit_and_no_cache(pretrain: CompiledPipeline) -> None:
-    for step in STEPS:
-        settings = kubernetes(pretrain)[f"exec-{step}"]
+@compiled_pipelines
+def test_compiled__every_task_has_credentials_by_name_a_time_limit_and_no_cache(path: Path) -> None:
+    pipeline = pipeline_spec.load(path)
+    for step in pipeline.steps():
+        settings = kubernetes(pipeline)[f"exec-{step}"]
         secrets = {secret["secretName"]: secret["optional"] for secret in settings["secretAsEnv"]}
         assert secrets == {"hjepa-s3": False, "hjepa-mlflow": True}
         assert int(settings["activeDeadlineSeconds"]) > 0
-        assert pretrain.tasks[step]["cachingOptions"] == {}
+        assert pipeline.tasks[step]["cachingOptions"] == {}
+
+
+@compiled_pipelines
+def test_compiled__report_runs_whatever_happens(path: Path) -> None:
+    pipeline = pipeline_spec.load(path)
+    report = pipeline.tasks["report"]
+    assert report["triggerPolicy"] == {"strategy": "ALL_UPSTREAM_TASKS_COMPLETED"}
+    assert set(pipeline.spec["root"]["dag"]["tasks"]) == {*report["dependentTasks"], "report"}
+    # What leads to the run's servers must reach both the first step and the last one in the same way.
+    first = pipeline.tasks["resolve-config"]["inputs"]["parameters"]
+    for name, source in report["inputs"]["parameters"].items():
+        if name == "status":
+            continue
+        inner = source.get("componentInputParameter")
+        assert first[name] == ({"componentInputParameter": f"pipelinechannel--{inner}"} if inner else source)
 
 
 def test_pretrain__training_gets_gpus_shared_memory_a_toleration_and_retries(pretrain: CompiledPipeline) -> None:
-    accelerator = executors(pretrain)["exec-train"]["container"]["resources"]["accelerator"]
-    assert accelerator["resourceType"] == "nvidia.com/gpu"
-    assert accelerator["resourceCount"] == "{{$.inputs.parameters['pipelinechannel--gpus']}}"
+    resources = executors(pretrain)["exec-train"]["container"]["resources"]
+    assert resources["accelerator"]["resourceType"] == "nvidia.com/gpu"
+    assert resources["accelerator"]["resourceCount"] == "{{$.inputs.parameters['pipelinechannel--gpus']}}"
+    cluster = Config().cluster
+    assert (resources["resourceCpuRequest"], resources["resourceMemoryLimit"]) == (cluster.cpu, cluster.memory)
     assert pretrain.parameters["gpus"]["parameterType"] == "STRING"  # KFP's driver ignores a number here
     settings = kubernetes(pretrain)["exec-train"]
-    assert settings["emptyDirMounts"] == [{"medium": "Memory", "mountPath": "/dev/shm", "volumeName": "dshm"}]
+    shm = {"medium": "Memory", "mountPath": "/dev/shm", "sizeLimit": cluster.shm, "volumeName": "dshm"}
+    assert settings["emptyDirMounts"] == [shm]
     assert settings["tolerations"] == [{"effect": "NoSchedule", "key": "nvidia.com/gpu", "operator": "Exists"}]
     assert pretrain.tasks["train"]["retryPolicy"]["maxRetryCount"] == 5
+
+
+def test_distributed__no_task_of_its_own_takes_a_gpu() -> None:
+    distributed = pipeline_spec.load(DISTRIBUTED)
+    assert distributed.steps() == ["launch-training" if step == "train" else step for step in STEPS]
+    assert not [label for label, item in executors(distributed).items() if "resources" in item["container"]]
+    assert {"nodes", "gpus", "backend"} <= set(distributed.parameters)
+
+
+PROFILE = """
+cluster:
+  gpus_per_node: 4
+  gpu_resource: amd.com/gpu
+  cpu: "24"
+  memory: 200Gi
+  shm: 24Gi
+  node_selector: {zone: a}
+  tolerations: [{key: dedicated, operator: Equal, value: gpu, effect: NoExecute}]
+  s3_secret: team-s3
+  mlflow_secret: team-mlflow
+  image_pull_secrets: [regcred]
+  env: {NCCL_DEBUG: INFO}
+"""
+
+
+def compile_with(profile: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipelines.pretrain", "--profile", str(profile), str(output), *more]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_profile__decides_placement_secrets_and_sizes(tmp_path: Path) -> None:
+    profile, output = tmp_path / "profile.yaml", tmp_path / "out.yaml"
+    profile.write_text(PROFILE, "utf-8")
+    assert compile_with(profile, output).returncode == 0
+    pipeline = pipeline_spec.load(output)
+    container = executors(pipeline)["exec-train"]["container"]
+    assert container["resources"]["accelerator"]["resourceType"] == "amd.com/gpu"
+    assert (container["resources"]["resourceCpuRequest"], container["resources"]["resourceMemoryLimit"]) == (
+        "24",
+        "200Gi",
+    )
+    assert container["env"] == [{"name": "NCCL_DEBUG", "value": "INFO"}]
+    settings = kubernetes(pipeline)["exec-train"]
+    assert settings["nodeSelector"] == {"labels": {"zone": "a"}}
+    assert settings["tolerations"] == [{"effect": "NoExecute", "key": "dedicated", "operator": "Equal", "value": "gpu"}]
+    for step in pipeline.steps():
+        settings = kubernetes(pipeline)[f"exec-{step}"]
+        assert {secret["secretName"] for secret in settings["secretAsEnv"]} == {"team-s3", "team-mlflow"}
+        assert [secret["secretName"] for secret in settings["imagePullSecret"]] == ["regcred"]
+    assert pipeline.parameters["gpus"]["defaultValue"] == "4"
+    carried = pipeline.parameters["profile"]["defaultValue"]
+    assert yaml.safe_load(carried) == yaml.safe_load(PROFILE)
+
+
+def test_images_claim__is_mounted_where_the_source_is_read_and_nowhere_else(tmp_path: Path) -> None:
+    output = tmp_path / "out.yaml"
+    command = [sys.executable, "-m", "pipelines.pretrain", str(output), "--images-claim", "hjepa-images"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    pipeline = pipeline_spec.load(output)
+    mounts = {step: kubernetes(pipeline)[f"exec-{step}"].get("pvcMount") for step in pipeline.steps()}
+    (mount,) = mounts.pop("prepare-data")
+    assert (mount["constant"], mount["mountPath"]) == ("hjepa-images", "/data")
+    assert set(mounts.values()) == {None}
+
+
+@pytest.mark.parametrize(
+    "profile", sorted((ROOT / "pipelines" / "profiles").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_profiles__of_the_repository_compile_both_pipelines(profile: Path, tmp_path: Path) -> None:
+    for name in ("pretrain", "pretrain-distributed"):
+        done = compile_with(profile, tmp_path / f"{name}.yaml", "--pipeline", name)
+        assert done.returncode == 0, done.stderr
+        assert pipeline_spec.load(tmp_path / f"{name}.yaml").parameters["profile"]["defaultValue"]
 
 
 def test_pretrain__run_is_named_after_the_kfp_run_by_default(pretrain: CompiledPipeline) -> None:
@@ -191,12 +288,12 @@ def secret_value(pipeline: CompiledPipeline) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dangling_component, "root.train: no component comp-nope"),
-        (dangling_dependency, "root.train: waits for nope, which is no task"),
-        (dangling_producer, "root.train: input dataset comes from nope, which is no task"),
-        (dangling_output, "root.train: input dataset: prepare-data makes no nope"),
-        (missing_executor, "root.train: no executor exec-train"),
-        (unset_artifact, "root.train: input dataset is not set"),
+        (dangling_component, "comp-exit-handler-1.train: no component comp-nope"),
+        (dangling_dependency, "comp-exit-handler-1.train: waits for nope, which is no task"),
+        (dangling_producer, "comp-exit-handler-1.train: input dataset comes from nope, which is no task"),
+        (dangling_output, "comp-exit-handler-1.train: input dataset: prepare-data makes no nope"),
+        (missing_executor, "comp-exit-handler-1.train: no executor exec-train"),
+        (unset_artifact, "comp-exit-handler-1.train: input dataset is not set"),
         (unknown_task_key, "retryPolicyy"),
         (unknown_executor_key, "imagee"),
         (unknown_platform_key, "toleration"),
@@ -244,8 +341,16 @@ def test_with_registry__keeps_images_that_name_one(pretrain: CompiledPipeline) -
     assert executors(pretrain)["exec-train"]["container"]["image"].startswith("hjepa-train:")
 
 
+def test_with_registry__reaches_the_image_of_a_launched_job(pretrain: CompiledPipeline) -> None:
+    profile = pretrain.with_registry("registry.example.com/team/").parameters["profile"]["defaultValue"]
+    config = load_config("default", steps.profile_settings(profile))
+    assert train_image(config.cluster).startswith("registry.example.com/team/hjepa-train:")
+    assert pretrain.parameters["profile"]["defaultValue"] == ""
+
+
 def test_without_retries__changes_nothing_else(pretrain: CompiledPipeline) -> None:
     expected = copy.deepcopy(pretrain)
+    assert len(expected.tasks) == len(STEPS)
     for task in expected.tasks.values():
         task.pop("retryPolicy", None)
     assert pretrain.without_retries() == expected

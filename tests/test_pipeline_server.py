@@ -23,7 +23,7 @@ from hjepa.adapters.kfp_server import Server
 from hjepa.errors import HjepaError, UserError
 
 COMPILED = Path(__file__).parents[1] / "pipelines" / "compiled" / "pretrain.yaml"
-STEPS = ["resolve-config", "prepare-data", "train", "export-checkpoint", "evaluate", "register-model"]
+STEPS = ["resolve-config", "prepare-data", "train", "export-checkpoint", "evaluate", "register-model", "report"]
 
 
 @pytest.fixture

@@ -2,10 +2,10 @@
 
 from kfp import dsl
 
-from components.images import TRAIN
+from components.images import EVALUATE
 
 
-@dsl.component(base_image=TRAIN, install_kfp_package=False)
+@dsl.component(base_image=EVALUATE, install_kfp_package=False)
 def export_checkpoint(
     resolved: dsl.Input[dsl.Artifact],
     dataset: dsl.Input[dsl.Dataset],

@@ -2,10 +2,10 @@
 
 from kfp import dsl
 
-from components.images import EVALUATE
+from components.images import TOOLS
 
 
-@dsl.component(base_image=EVALUATE, install_kfp_package=False)
+@dsl.component(base_image=TOOLS, install_kfp_package=False)
 def register_model(
     resolved: dsl.Input[dsl.Artifact],
     model: dsl.Input[dsl.Model],

@@ -8,6 +8,7 @@ from components.images import TOOLS
 @dsl.component(base_image=TOOLS, install_kfp_package=False)
 def resolve_config(
     resolved: dsl.Output[dsl.Artifact],
+    summary: dsl.Output[dsl.Markdown],
     config: str = "default",
     overrides: list[str] = [],  # noqa: B006 - KFP reads the default, nothing changes it
     data_name: str = "",
@@ -16,6 +17,12 @@ def resolve_config(
     storage_endpoint_url: str = "",
     tracking_uri: str = "",
     registered_model: str = "",
+    champion_margin: str = "",
+    nodes: str = "",
+    gpus: str = "",
+    backend: str = "",
+    profile: str = "",
+    pipeline_ui: str = "",
     run: str = "",
     job: str = "",
 ) -> None:
@@ -23,6 +30,7 @@ def resolve_config(
 
     Args:
         resolved: The resolved configuration and the run's identity, as JSON.
+        summary: The run and its page in MLflow, to read in the KFP UI.
         config: Name of a packaged configuration, or YAML text.
         overrides: Settings in the form section.key=value; later ones win.
         data_name: Data set to use; empty keeps what the configuration says.
@@ -31,6 +39,12 @@ def resolve_config(
         storage_endpoint_url: S3 endpoint; empty keeps what the configuration says.
         tracking_uri: MLflow server; empty keeps what the configuration says.
         registered_model: Name in the model registry; empty keeps what the configuration says.
+        champion_margin: Rise of the primary metric that makes a champion; empty keeps what the configuration says.
+        nodes: Of a training job; empty keeps what profile and configuration say.
+        gpus: Per node of a training job; empty keeps what profile and configuration say.
+        backend: Of a training job; empty keeps what profile and configuration say.
+        profile: The cluster's profile as YAML, a section cluster alone; overrides outrank it.
+        pipeline_ui: Address of the KFP UI, for the link from the MLflow run; empty writes none.
         run: Name of the run; a name used before resumes that run. Empty takes the id of the KFP run.
         job: Id of the KFP run, which is unique.
     """
@@ -43,7 +57,21 @@ def resolve_config(
         "storage.endpoint_url": storage_endpoint_url,
         "tracking.uri": tracking_uri,
         "tracking.registered_model": registered_model,
+        "tracking.champion_margin": champion_margin,
+        "cluster.nodes": nodes,
+        "cluster.gpus_per_node": gpus,
+        "cluster.backend": backend,
     }
-    steps.resolve_config(
-        config=config, overrides=overrides, settings=settings, run=run or job, resolved_path=resolved.path
+    opened = steps.resolve_config(
+        config=config,
+        overrides=overrides,
+        settings=settings,
+        profile=profile,
+        run=run or job,
+        job=job,
+        pipeline_ui=pipeline_ui,
+        resolved_path=resolved.path,
     )
+    resolved.metadata.update({key: opened[key] for key in ("name", "mlflow_run_id", "mlflow_url", "uri")})
+    with open(summary.path, "w", encoding="utf-8") as file:
+        file.write("Run **{name}**: [MLflow]({mlflow_url}), stored in `{uri}`\n".format(**opened))

@@ -18,9 +18,10 @@ def train(
     """
     import json
 
-    from hjepa import steps
+    from hjepa import entrypoint
 
-    steps.train(resolved_path=resolved.path, dataset_path=dataset.path, checkpoint_path=checkpoint.path)
+    # One rank per GPU of this pod; with one GPU or none it is steps.train itself.
+    entrypoint.train_here(resolved_path=resolved.path, dataset_path=dataset.path, checkpoint_path=checkpoint.path)
     with open(checkpoint.path, encoding="utf-8") as file:
         manifest = json.load(file)
     checkpoint.metadata.update({key: manifest[key] for key in ("uri", "sha256", "step", "epoch", "images_seen")})

@@ -228,6 +228,19 @@ def follow(
     raise HjepaError("\n".join([f"run {current.display_name}: {current.state}", *failed, f"logs: {url}"]))
 
 
+def version(server: Server) -> str:
+    """What the API says of itself.
+
+    Raises:
+        UserError: out of reach, or access denied.
+        HjepaError: the server failed.
+    """
+    health = _connect(server).get_kfp_healthz()
+    told = health.to_dict() if hasattr(health, "to_dict") else dict(health)
+    known = ", ".join(f"{key} {value}" for key, value in told.items() if value not in (None, ""))
+    return f"{server.url}, API v2beta1" + (f" ({known})" if known else "")
+
+
 def _connect(server: Server) -> Any:
     """A ``kfp.Client``, after one request that tells an unreachable server from a refusing one.
 
@@ -346,7 +359,7 @@ def _step_names(client: Any, run: Any) -> set[str]:
     if spec is None and reference is not None:
         spec = client.get_pipeline_version(reference.pipeline_id, reference.pipeline_version_id).pipeline_spec
     spec = (spec or {}).get("pipeline_spec", spec or {})
-    return set(spec.get("root", {}).get("dag", {}).get("tasks", {}))
+    return set(pipeline_spec.CompiledPipeline(spec, {}).tasks) if "root" in spec else set()
 
 
 def _tasks(run: Any, steps: set[str]) -> dict[str, Any]:

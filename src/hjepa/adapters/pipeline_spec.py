@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -44,9 +46,18 @@ class CompiledPipeline:
 
     @property
     def tasks(self) -> dict[str, Any]:
-        """Task name -> task, of the root DAG."""
-        tasks: dict[str, Any] = self.spec["root"]["dag"]["tasks"]
-        return tasks
+        """Task name -> task, of everything that runs in a container; groups such as exit handlers are opened."""
+        return {name: task for dag in self._dags() for name, task in dag["tasks"].items() if not self._group(task)}
+
+    def _dags(self) -> list[dict[str, Any]]:
+        """The root DAG, then those of the groups."""
+        return [item["dag"] for item in (self.spec["root"], *self.spec["components"].values()) if "dag" in item]
+
+    def _group(self, task: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The DAG that a task stands for, if it is no task in a container."""
+        component = self.spec["components"].get(task["componentRef"]["name"], {})
+        dag: dict[str, Any] | None = component.get("dag")
+        return dag
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -56,16 +67,22 @@ class CompiledPipeline:
 
     def steps(self) -> list[str]:
         """Task names in an order in which they can run; the order of the file decides between equals."""
+        return self._in_order(self.spec["root"]["dag"])
+
+    def _in_order(self, dag: Mapping[str, Any]) -> list[str]:
+        done: list[str] = []
         order: list[str] = []
-        while len(order) < len(self.tasks):
+        while len(done) < len(dag["tasks"]):
             ready = [
                 name
-                for name, task in self.tasks.items()
-                if name not in order and all(needed in order for needed in task.get("dependentTasks", []))
+                for name, task in dag["tasks"].items()
+                if name not in done and all(needed in done for needed in task.get("dependentTasks", []))
             ]
             if not ready:
                 raise UserError(f"{self.name}: its tasks wait for each other in a circle; compile it again")
-            order += ready[:1]
+            done += ready[:1]
+            group = self._group(dag["tasks"][ready[0]])
+            order += self._in_order(group) if group else ready[:1]
         return order
 
     def without_retries(self) -> CompiledPipeline:
@@ -73,30 +90,30 @@ class CompiledPipeline:
 
         Retries are for pods that a cluster evicts; on one machine they only repeat a mistake.
         """
-        root = self.spec["root"]
-        tasks = {
-            name: {key: value for key, value in task.items() if key != "retryPolicy"}
-            for name, task in self.tasks.items()
-        }
-        return CompiledPipeline(
-            spec={**self.spec, "root": {**root, "dag": {**root["dag"], "tasks": tasks}}}, platforms=self.platforms
-        )
+        pipeline = CompiledPipeline(copy.deepcopy(self.spec), self.platforms)
+        for dag in pipeline._dags():
+            for task in dag["tasks"].values():
+                task.pop("retryPolicy", None)
+        return pipeline
 
     def with_registry(self, registry: str) -> CompiledPipeline:
-        """The same pipeline with ``registry`` (``HOST[:PORT]/NAMESPACE``) in front of the images that name none."""
+        """The same pipeline with ``registry`` (``HOST[:PORT]/NAMESPACE``) in front of the images that name none.
+
+        Its profile gets the registry too, if it has none: the image of a launched job comes from there.
+        """
         prefix = registry.strip().removesuffix("/")
         if not re.fullmatch(r"[\w.-]+(:\d+)?(/[\w.-]+)*", prefix):
             raise UserError(f"registry {registry!r}: expected HOST/NAMESPACE, such as registry.example.com/team")
-        deployment = self.spec["deploymentSpec"]
-        executors = {}
-        for label, executor in deployment["executors"].items():
+        pipeline = CompiledPipeline(copy.deepcopy(self.spec), self.platforms)
+        for executor in pipeline.spec["deploymentSpec"]["executors"].values():
             container = executor.get("container")
             if container is not None and "/" not in container["image"]:
-                executor = {**executor, "container": {**container, "image": f"{prefix}/{container['image']}"}}
-            executors[label] = executor
-        return CompiledPipeline(
-            spec={**self.spec, "deploymentSpec": {**deployment, "executors": executors}}, platforms=self.platforms
-        )
+                container["image"] = f"{prefix}/{container['image']}"
+        if "profile" in pipeline.parameters:
+            profile = json.loads(pipeline.parameters["profile"]["defaultValue"] or '{"cluster": {}}')
+            profile["cluster"]["registry"] = profile["cluster"].get("registry") or prefix
+            pipeline.parameters["profile"]["defaultValue"] = json.dumps(profile)
+        return pipeline
 
     def to_yaml(self) -> str:
         documents = [self.spec, self.platforms] if self.platforms else [self.spec]
