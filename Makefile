@@ -22,10 +22,10 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup demo test test-slow lint bench bench-gpu compile clean
+.PHONY: help setup demo test test-slow lint images e2e-docker bench bench-gpu compile clean
 
 help: ## Show this list.
-	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1\t\2/p' Makefile | expand -t 17
+	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/make \1\t\2/p' Makefile | expand -t 17
 
 setup: $(INSTALLED) ## Make the virtual environment; the targets below do it when needed.
 	@:
@@ -34,16 +34,22 @@ demo: $(INSTALLED) ## Run the whole pipeline on Fashion-MNIST.
 	@exec "$(BIN)/hjepa" run --config demo $(ARGS)
 
 test: lint ## Check style, types and imports, then run all tests that are not slow.
-	@"$(BIN)/python" -m pytest -m "not slow" -n $(JOBS) --dist loadfile $(ARGS)
+	@"$(BIN)/python" -m pytest -m "not slow and not docker" -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(INSTALLED) ## Run the tests that take minutes.
-	@"$(BIN)/python" -m pytest -m slow $(ARGS)
+	@"$(BIN)/python" -m pytest -m "slow and not docker" $(ARGS)
 
 lint: $(INSTALLED) ## Check style, types and import contracts.
 	@"$(BIN)/ruff" check .
 	"$(BIN)/ruff" format --check .
 	"$(BIN)/mypy"
 	"$(BIN)/lint-imports"
+
+images: ## Build the container images; print their sizes and packages. images/build says what it can be told.
+	@exec images/build $(ARGS)
+
+e2e-docker: $(INSTALLED) ## Run the pipeline with each step in its image (make images first), as any user on read-only roots.
+	@"$(BIN)/python" -m pytest -m docker -s tests/test_e2e_docker.py $(ARGS)
 
 bench: $(INSTALLED) ## Measure a training step, masks, checkpoints and logging on this CPU.
 	@for part in step checkpoint logging; do "$(BIN)/python" -m benchmarks.$$part; done
