@@ -22,7 +22,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup demo test test-slow lint images e2e-docker bench bench-gpu compile clean
+.PHONY: help setup demo test test-slow test-kubernetes lint images e2e-docker bench bench-gpu compile clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/make \1\t\2/p' Makefile | expand -t 17
@@ -38,6 +38,12 @@ test: lint ## Check style, types and imports, then run all tests that are not sl
 
 test-slow: $(INSTALLED) ## Run the tests that take minutes.
 	@"$(BIN)/python" -m pytest -m "slow and not docker" $(ARGS)
+
+test-kubernetes: $(INSTALLED) ## Test what talks to a cluster with the newest kubernetes client; kfp asks for an older one.
+	@folder=$$(mktemp -d)
+	trap 'rm -rf "$$folder"' EXIT
+	"$(BIN)/python" -m pip install --quiet --no-compile --target "$$folder" kubernetes
+	PYTHONPATH=$$folder "$(BIN)/python" -m pytest -n $(JOBS) --dist loadfile $(ARGS) tests/test_{fake_apiserver,launcher,launcher_faults,launcher_training,doctor_cluster,cli_job,manifests}.py
 
 lint: $(INSTALLED) ## Check style, types and import contracts.
 	@"$(BIN)/ruff" check .

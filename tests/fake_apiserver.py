@@ -231,13 +231,16 @@ def _schema(name: str) -> dict[str, tuple[str, bool]] | None:
     for attribute, json_name in model.attribute_map.items():
         kind = model.openapi_types[attribute].replace("List[", "list[").replace("Dict[str, ", "dict(str, ")
         kind = re.sub(r"^(dict\(str, .*)\]$", r"\1)", kind)
-        fields[json_name] = ("quantities" if json_name in ("limits", "requests") else kind, _required(model, attribute))
+        required = _required(model, attribute, json_name)
+        fields[json_name] = ("quantities" if json_name in ("limits", "requests") else kind, required)
     return fields
 
 
-def _required(model: Any, attribute: str) -> bool:
+def _required(model: Any, attribute: str, json_name: str) -> bool:
     if hasattr(model, "model_fields"):  # the client is written with pydantic from version 36 or so on
-        return bool(model.model_fields[attribute].is_required())
+        return any(
+            found.is_required() for found in model.model_fields.values() if found.serialization_alias == json_name
+        )
     from kubernetes import client
 
     empty = model.__new__(model)

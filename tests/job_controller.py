@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +20,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from tests.fake_apiserver import ApiError, FakeApiServer, Object, now
 
@@ -89,7 +90,7 @@ class JobController:
         self._thread.join(10)
         for running in self._running.values():
             if running.process.poll() is None:
-                os.killpg(running.process.pid, signal.SIGKILL)
+                _kill(running.process)
                 running.process.wait()
         if self.failure is not None:
             raise self.failure
@@ -466,7 +467,7 @@ class JobController:
                     self._deadlines[metadata["uid"]] = time.monotonic() + metadata["deletionGracePeriodSeconds"]
                     running.process.terminate()
                 elif time.monotonic() > begun:
-                    os.killpg(running.process.pid, signal.SIGKILL)
+                    _kill(running.process)
                 continue
             if running is not None:
                 running.reader.join(5)
@@ -485,7 +486,7 @@ class JobController:
                 "batch.kubernetes.io/job-completion-index"
             )
             if rank == str(index) and pod["metadata"]["uid"] in self._running:
-                os.killpg(self._running[pod["metadata"]["uid"]].process.pid, signal.SIGKILL)
+                _kill(self._running[pod["metadata"]["uid"]].process)
 
     def _spawn(self, pod: Object) -> None:
         assert self.folder is not None
@@ -544,6 +545,13 @@ class JobController:
                 value = pod["metadata"]["labels"][match[1]]
             found[item["name"]] = re.sub(r"\$\((\w+)\)", lambda m: found.get(m[1], m[0]), value)
         return found
+
+
+def _kill(container: subprocess.Popen[str]) -> None:
+    """All of a container's processes go at once, those with sessions of their own too."""
+    found = psutil.Process(container.pid)
+    for process in [found, *found.children(recursive=True)]:
+        process.kill()
 
 
 def _ended(job: Object) -> bool:

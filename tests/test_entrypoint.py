@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -202,11 +203,21 @@ def test_operators_variables__make_two_nodes_of_one_rank(config: Path) -> None:
 
 
 def free_port() -> int:
-    import socket
-
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+def test_ranks__end_when_their_launcher_is_killed(config: Path) -> None:
+    pod = train(config, "training.epochs=100000", ranks=2)
+    pod.wait_for("step 3/")
+    ranks = [pod.rank(number) for number in (0, 1)]
+    pod.process.kill()
+    pod.process.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=15)
+    for rank in alive:
+        rank.kill()
+    assert alive == []
 
 
 @pytest.mark.parametrize(
@@ -223,6 +234,49 @@ def free_port() -> int:
 )
 def test_exit_code__is_the_one_that_says_most(ends: list[tuple[int, int]], code: int) -> None:
     assert _code_of(ends) == code
+
+
+SECOND_NODE = """
+import sys, time
+from hjepa import entrypoint
+entrypoint.MEETING_SECONDS = entrypoint.ROUND_OVER_SECONDS = 1
+with entrypoint._error_file() as errors:
+    try:
+        with entrypoint._first_node():
+            print("met", flush=True)
+            time.sleep(float(sys.argv[1]))
+    finally:
+        entrypoint._write_termination(0, errors)
+"""
+
+
+def second_node(folder: Path, port: int, *, works_for: float) -> subprocess.Popen[str]:
+    where = {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(port)}
+    return subprocess.Popen(
+        [sys.executable, "-c", SECOND_NODE, str(works_for)],
+        env=os.environ | where | {"TERMINATION_LOG": str(folder / "termination-log")},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(("works_for", "code"), [(60, 1), (0.5, 0)])
+def test_second_node__ends_with_the_first_unless_it_is_done_in_time(
+    tmp_path: Path, works_for: float, code: int
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as first:
+        node = second_node(tmp_path, first.getsockname()[1], works_for=works_for)
+        connection, _ = first.accept()
+        assert node.stdout is not None
+        assert node.stdout.readline() == "met\n"
+        connection.close()
+        assert node.wait(20) == code
+    message = json.loads((tmp_path / "termination-log").read_text())
+    assert (message["rc"], "first node" in message["reason"]) == (code, code == 1)
+
+
+def test_second_node__does_not_wait_for_ever_for_a_first_that_never_comes(tmp_path: Path) -> None:
+    assert second_node(tmp_path, free_port(), works_for=60).wait(20) == 1
 
 
 @pytest.mark.parametrize("reason", ["short", "x" * 10_000, "ü" * 3_000, '"\n' * 4_000])

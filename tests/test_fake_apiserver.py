@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import threading
 import time
@@ -225,10 +224,6 @@ def test_rbac__is_that_of_the_stored_roles(
     assert {("list", "", "pods"), ("create", "", "configmaps")} == server.permissions_used()
 
 
-needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
-
-
-@needs_kubectl
 @pytest.mark.parametrize("how", [[], ["--server-side"]])
 def test_kubectl__applies_waits_and_deletes(server: FakeApiServer, tmp_path: Path, how: list[str]) -> None:
     kubeconfig = server.write_kubeconfig(tmp_path / "kubeconfig")

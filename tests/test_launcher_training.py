@@ -104,7 +104,7 @@ def test_two_nodes__one_is_killed_and_training_goes_on_from_the_checkpoint(
     server: FakeApiServer, tmp_path: Path, backend: str
 ) -> None:
     """The peer of the dead node fails too; the operator starts both again, and they meet at the saved step."""
-    storage = prepare(tmp_path, backend, epochs=40)
+    storage = prepare(tmp_path, backend, epochs=100)  # long enough for the kill to fall into it
     store = S3Store(storage)
     with JobController(server, None, tmp_path) as controller:
         join = in_background(lambda: launch(tmp_path))
@@ -121,7 +121,7 @@ def test_two_nodes__one_is_killed_and_training_goes_on_from_the_checkpoint(
                 checkpoint = join()
             except AssertionError:  # still at work
                 assert time.monotonic() < end
-    assert (checkpoint["images_seen"], checkpoint["step"]) == (40 * 90, 180)
+    assert (checkpoint["images_seen"], checkpoint["step"]) == (100 * 90, 450)
     text = "\n".join(line for lines in server.logs.values() for _, line in lines)
     resumed = [int(step) for step in re.findall(r"resum\w*[^\n]*?step (\d+)", text)]
     assert resumed, text[-3000:]

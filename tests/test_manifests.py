@@ -41,8 +41,6 @@ assert _found.loader is not None
 regenerate = importlib.util.module_from_spec(_found)
 _found.loader.exec_module(regenerate)
 
-pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
-
 Object = dict[str, Any]
 
 

@@ -10,8 +10,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import tempfile
+import threading
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,6 +26,8 @@ MESSAGE_BYTES = 4096  # what the kubelet reads of a termination message
 TERMINATION_LOG = Path("/dev/termination-log")
 ERROR_FILE = "HJEPA_ERROR_FILE"  # where a step, or the command line, leaves its last error
 PROCESSES = "HJEPA_PROCESSES"  # ranks on this node, where nothing else says it
+MEETING_SECONDS = 900  # for the first node of the job to come, as long as torchrun waits for the others
+ROUND_OVER_SECONDS = 30  # for the ranks of this node to end by themselves, once the first node is gone
 SHUTDOWN_SECONDS = 90  # from SIGTERM to SIGKILL of a rank, where PET_SHUTDOWN_TIMEOUT does not say it
 PROGRAMS = {"sh", "bash", "python", "python3"}  # KFP brings a command of its own, which Docker takes for arguments
 _STEP = "--step"  # how train_here tells its ranks from commands
@@ -124,6 +129,9 @@ def _command(arguments: Sequence[str]) -> int:
 def _rank(arguments: list[str]) -> int:
     """This process is one of torchrun's; the launcher above writes the termination message."""
     if arguments[:1] != [_STEP]:
+        from hjepa.adapters import lifeline
+
+        lifeline.die_with_parent()  # a step does so itself
         return _command(arguments)
     from hjepa import steps
 
@@ -166,6 +174,7 @@ def _torchrun(processes: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    from hjepa.adapters import lifeline
     from hjepa.utils.logging import say
 
     options = ["--nproc-per-node", str(processes)]
@@ -177,13 +186,75 @@ def _torchrun(processes: int, arguments: Sequence[str]) -> int:
     if "PET_SHUTDOWN_TIMEOUT" not in os.environ:
         options += ["--shutdown-timeout", str(SHUTDOWN_SECONDS)]
     say(f"training with {processes} processes on this node")
+    above = os.environ.get(lifeline.PARENT)
+    lifeline.announce(os.environ)  # ranks have sessions of their own, and would outlive a launcher that is killed
     try:
-        run(parse_args([*options, "-m", "hjepa.entrypoint", *arguments]))  # type: ignore[no-untyped-call]
+        with _first_node():
+            run(parse_args([*options, "-m", "hjepa.entrypoint", *arguments]))  # type: ignore[no-untyped-call]
     except SignalException as stop:
         return 128 + int(stop.sigval)
     except ChildFailedError as failed:
         return _code_of([(failure.timestamp, failure.exitcode) for failure in failed.failures.values()])
+    finally:
+        del os.environ[lifeline.PARENT]
+        if above is not None:
+            os.environ[lifeline.PARENT] = above
     return 0
+
+
+@contextmanager
+def _first_node() -> Iterator[None]:
+    """Wait for the first node of the job, and end this process once that node has started anew.
+
+    Where pods restart one by one, one that comes back at once still meets the old launcher of the first node, a moment
+    before that fails too. Its ranks would then wait for ranks that the next launcher there starts only when it has met
+    this node's launcher, which believes that it has met it already.
+
+    Raises:
+        SystemExit: the first node did not come.
+    """
+    if _nodes() == 1 or os.environ.get("PET_NODE_RANK", "0") == "0" or "PET_MASTER_ADDR" not in os.environ:
+        yield
+        return
+    where = os.environ["PET_MASTER_ADDR"], int(os.environ["PET_MASTER_PORT"])
+    end = time.monotonic() + MEETING_SECONDS
+    while (connection := _connect(where)) is None:
+        if time.monotonic() > end:
+            _note("HjepaError", message := f"the first node, {where[0]}, did not come within {MEETING_SECONDS} s")
+            print(f"error: {message}", file=sys.stderr, flush=True)
+            raise SystemExit(1)
+        time.sleep(1)
+    ended = threading.Event()
+
+    def watch() -> None:
+        with suppress(OSError):
+            connection.recv(1)  # its store never speaks first: this returns when the process behind it has ended
+        if not ended.wait(ROUND_OVER_SECONDS):
+            _note("HjepaError", "the first node of the job has ended; the ranks start again together")
+            _write_termination(1, Path(os.environ[ERROR_FILE]))
+            os._exit(1)  # the main thread may be anywhere in torchrun; the ranks end with this process
+
+    threading.Thread(target=watch, name="first-node", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        connection.close()
+
+
+def _connect(where: tuple[str, int]) -> socket.socket | None:
+    try:
+        connection = socket.create_connection(where, timeout=5)
+    except OSError:  # not there yet, or its name is not known yet
+        return None
+    connection.settimeout(None)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a machine that is lost closes nothing
+    for option, seconds in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, option):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), seconds)
+    return connection
 
 
 def _nodes() -> int:

@@ -93,7 +93,7 @@ def _run(spec: TrainSpec, message: Path) -> int:
         if in_main:
             signal.signal(signal.SIGTERM, previous)
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)  # ranks that outlived their launcher
+            os.killpg(process.pid, signal.SIGKILL)  # what outlived it; ranks end by themselves
     return 128 - code if code < 0 else code
 
 

@@ -45,8 +45,9 @@ def render(spec: TrainSpec) -> list[Manifest]:
     policy: dict[str, Any] = {
         # The default keeps the other nodes' pods, and their GPUs, when one is done.
         "cleanPodPolicy": "Running",
-        # Compared (>=) with the restarts summed over all pods, and one incident restarts the pods of all nodes.
-        "backoffLimit": cluster.max_restarts * cluster.nodes + 1,
+        # Compared (>=) with the restarts summed over all pods. One incident restarts the pods of all nodes, and once
+        # more those that came back before the first node did.
+        "backoffLimit": cluster.max_restarts * (2 * cluster.nodes - 1) + 1,
     }
     if cluster.cleanup != "keep":
         policy["ttlSecondsAfterFinished"] = _FINISHED_SECONDS
