@@ -526,7 +526,7 @@ def train(
 def _train(run: Run, dataset: Json, resume: str, device: str, world: World) -> Json:
     """The chosen checkpoint's manifest, on the main rank; S3 and MLflow are the main rank's alone."""
     from hjepa import training
-    from hjepa.data.loader import TrainLoader
+    from hjepa.data.loader import build_train_loader
     from hjepa.distributed import pick_device
     from hjepa.utils import MetricsLogger
 
@@ -536,19 +536,7 @@ def _train(run: Run, dataset: Json, resume: str, device: str, world: World) -> J
     place = f"{run.name}-{run.mlflow_run_id[:8]}-{dataset['digest'][:8]}"
     folder = Path(run.config.checkpoint.checkpoint_dir).expanduser() / place
     config = training.choose_metric(training.with_checkpoint(run.config, checkpoint_dir=str(folder)), labelled=labelled)
-    loader = TrainLoader(
-        images,
-        batch_size=config.training.batch_size,
-        seed=config.seed,
-        image_size=config.data.image_size,
-        channels=config.data.channels,
-        crop_scale=config.data.crop_scale,
-        horizontal_flip=config.data.horizontal_flip,
-        num_workers=config.data.num_workers,
-        rank=world.rank,
-        world_size=world.size,
-        pin_memory=pick_device(device, world).type == "cuda",
-    )
+    loader = build_train_loader(config, images, world, pin_memory=pick_device(device, world).type == "cuda")
     probe = training.make_probe(config, images, dataset, labelled)
     logs = Path(config.logging.log_dir).expanduser() / place
     if not world.is_main:

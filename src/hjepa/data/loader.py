@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from hjepa.config import Config
 from hjepa.data.shards import ShardReader, read_index
 from hjepa.data.transforms import (
     decode_image,
@@ -29,6 +30,7 @@ from hjepa.data.transforms import (
     view_rng,
 )
 from hjepa.data.workers import begin
+from hjepa.distributed import World
 from hjepa.errors import HjepaError, UserError
 
 Fetch = Callable[[str], Path]
@@ -335,6 +337,39 @@ class TrainLoader:
 
 
 # -- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def build_train_loader(
+    config: Config,
+    dataset: ShardDataset,
+    world: World,
+    *,
+    pin_memory: bool,
+    batch_size: int | None = None,
+    validation: bool = False,
+) -> TrainLoader:
+    """The loader that a configuration asks for.
+
+    Args:
+        pin_memory: For a GPU.
+        batch_size: None takes ``training.batch_size``.
+        validation: Uncropped, unmirrored, in the split's own order.
+    """
+    data = config.data
+    return TrainLoader(
+        dataset,
+        batch_size=batch_size or config.training.batch_size,
+        seed=config.seed,
+        image_size=data.image_size,
+        channels=data.channels,
+        crop_scale=(1.0, 1.0) if validation else data.crop_scale,
+        horizontal_flip=data.horizontal_flip and not validation,
+        num_workers=data.num_workers,
+        rank=world.rank,
+        world_size=world.size,
+        pin_memory=pin_memory,
+        shuffle=not validation,
+    )
 
 
 @dataclass(frozen=True)

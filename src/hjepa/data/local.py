@@ -20,7 +20,7 @@ import torch
 
 from hjepa.config import Config, DataConfig, sha256_json
 from hjepa.data.datasets import open_source
-from hjepa.data.loader import Fetch, ShardDataset, TrainLoader
+from hjepa.data.loader import Fetch, ShardDataset, TrainLoader, build_train_loader
 from hjepa.data.prepare import REPORT, QuarantineError, prepare, prepared_key, scratch
 from hjepa.data.sources import Source
 from hjepa.distributed import World
@@ -46,28 +46,15 @@ def create_dataloaders(config: Config, *, world: World | None = None) -> tuple[T
     """
     world = world or World.from_environment()
     manifest, fetch = open_prepared(config, world=world)
-    data, training = config.data, config.training
-
-    def loader(split: str, batch_size: int, **views: Any) -> TrainLoader:
-        return TrainLoader(
-            ShardDataset(manifest, split, fetch),
-            batch_size=batch_size,
-            seed=config.seed,
-            image_size=data.image_size,
-            channels=data.channels,
-            num_workers=data.num_workers,
-            rank=world.rank,
-            world_size=world.size,
-            pin_memory=training.device != "cpu" and torch.cuda.is_available(),
-            **views,
-        )
-
-    train = loader("train", training.batch_size, crop_scale=data.crop_scale, horizontal_flip=data.horizontal_flip)
+    training = config.training
+    pin_memory = training.device != "cpu" and torch.cuda.is_available()
+    train = build_train_loader(config, ShardDataset(manifest, "train", fetch), world, pin_memory=pin_memory)
     images = manifest["splits"]["test"]["samples"] if "test" in manifest["splits"] else 0
     batch_size = min(training.batch_size, images // world.size * world.size)
     if batch_size == 0:
         return train, None
-    return train, loader("test", batch_size, crop_scale=(1.0, 1.0), horizontal_flip=False, shuffle=False)
+    test = ShardDataset(manifest, "test", fetch)
+    return train, build_train_loader(config, test, world, pin_memory=pin_memory, batch_size=batch_size, validation=True)
 
 
 def open_prepared(config: Config, *, world: World | None = None) -> tuple[Json, Fetch]:
