@@ -724,7 +724,7 @@ start = time.monotonic()
 save(4)
 seconds = time.monotonic() - start  # on a busy machine a save takes longer, and so do the lives
 kills, torn, epochs = 0, 0, [3]
-while kills < 40 and (kills < 20 or time.monotonic() - start < 8):
+while kills < 20 or (min(torn, len(set(epochs))) <= 3 and time.monotonic() - start < 60):
     child = os.fork()
     if child == 0:
         save(1000)

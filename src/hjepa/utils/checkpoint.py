@@ -295,7 +295,8 @@ class CheckpointManager:
             if not pinned:  # pinning has done it
                 self._memory.touch()
 
-        self._reserving = threading.Thread(target=work, name="checkpoint-memory", daemon=True)
+        # No daemon: Python would end that within torch at the end of the process, which aborts it.
+        self._reserving = threading.Thread(target=work, name="checkpoint-memory")
         self._reserving.start()
 
     def should_save(self, epoch: int) -> bool:
