@@ -187,6 +187,38 @@ def test_sigterm__before_training_has_begun_exits_143(config: Path, ranks: int) 
     assert pod.ends(30)[0] == 143
 
 
+@pytest.mark.parametrize("node", [0, 1])
+def test_sigterm__while_other_nodes_are_awaited_exits_143(tmp_path: Path, node: int) -> None:
+    """torchrun waits for the others in C++, where a handler of Python's would never run."""
+    awaited = {"PET_NNODES": "3", "PET_NPROC_PER_NODE": "1", "PET_NODE_RANK": str(node)}
+    with socket.create_server(("127.0.0.1", 0)) as first:
+        port = first.getsockname()[1] if node else free_port()
+        where = {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(port)}
+        pod = Pod(tmp_path, "train", "--config", "demo", "--device", "cpu", **awaited, **where)
+        pod.wait_for("training with 1 processes")
+        time.sleep(2)  # until torchrun waits
+        pod.process.send_signal(signal.SIGTERM)
+        code, message = pod.ends(15)
+    assert (code, message["rc"]) == (143, 143)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"PET_NNODES": "abc"},
+        {"PET_NNODES": ""},
+        {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "first"},
+        {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "first", "PET_MASTER_PORT": "x"},
+    ],
+)
+def test_operators_variables__that_make_no_sense_are_named(tmp_path: Path, variables: dict[str, str]) -> None:
+    pod = Pod(tmp_path, "train", "--config", "demo", "--device", "cpu", **variables)
+    code, message = pod.ends(30)
+    assert (code, message["rc"]) == (2, 2)
+    assert message["reason"].startswith(("PET_NNODES=", "PET_MASTER_PORT="))
+    assert "Traceback" not in pod.output
+
+
 @pytest.mark.slow
 def test_operators_variables__make_two_nodes_of_one_rank(config: Path) -> None:
     """What the training operator injects, once per pod."""
@@ -241,12 +273,10 @@ import sys, time
 from hjepa import entrypoint
 entrypoint.MEETING_SECONDS = entrypoint.ROUND_OVER_SECONDS = 1
 with entrypoint._error_file() as errors:
-    try:
-        with entrypoint._first_node():
-            print("met", flush=True)
-            time.sleep(float(sys.argv[1]))
-    finally:
-        entrypoint._write_termination(0, errors)
+    with entrypoint._first_node():
+        print("met", flush=True)
+        time.sleep(float(sys.argv[1]))
+    entrypoint._write_termination(0, errors)
 """
 
 

@@ -28,6 +28,7 @@ ERROR_FILE = "HJEPA_ERROR_FILE"  # where a step, or the command line, leaves its
 PROCESSES = "HJEPA_PROCESSES"  # ranks on this node, where nothing else says it
 MEETING_SECONDS = 900  # for the first node of the job to come, as long as torchrun waits for the others
 ROUND_OVER_SECONDS = 30  # for the ranks of this node to end by themselves, once the first node is gone
+STOP_SECONDS = 2  # for the main thread to act on SIGTERM before it is taken to be out of reach
 SHUTDOWN_SECONDS = 90  # from SIGTERM to SIGKILL of a rank, where PET_SHUTDOWN_TIMEOUT does not say it
 PROGRAMS = {"sh", "bash", "python", "python3"}  # KFP brings a command of its own, which Docker takes for arguments
 _STEP = "--step"  # how train_here tells its ranks from commands
@@ -89,7 +90,7 @@ def processes_here(device: str = "auto") -> int:
     """Ranks to start on this node: what the platform says, or one per visible GPU, or one."""
     for name in ("PET_NPROC_PER_NODE", PROCESSES):
         value = os.environ.get(name, "")
-        if value.isdigit() and int(value) > 0:
+        if value.isdecimal() and int(value) > 0:
             return int(value)
     if device not in {"auto", "cuda"}:
         return 1
@@ -102,13 +103,20 @@ def processes_here(device: str = "auto") -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    from hjepa.errors import HjepaError
+
     if arguments[:1] != ["train"]:
         return _command(arguments)
-    processes = processes_here(_device(arguments))
-    if processes == 1 and _nodes() == 1:
-        _forget_rendezvous()
-        return _command(arguments)
-    return _torchrun(processes, arguments)
+    try:
+        processes, nodes = processes_here(_device(arguments)), _nodes()
+        if processes > 1 or nodes > 1:
+            return _torchrun(processes, arguments)
+    except HjepaError as error:
+        _note(type(error).__name__, str(error))
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    _forget_rendezvous()
+    return _command(arguments)
 
 
 def _command(arguments: Sequence[str]) -> int:
@@ -189,7 +197,7 @@ def _torchrun(processes: int, arguments: Sequence[str]) -> int:
     above = os.environ.get(lifeline.PARENT)
     lifeline.announce(os.environ)  # ranks have sessions of their own, and would outlive a launcher that is killed
     try:
-        with _first_node():
+        with _within_reach(), _first_node():
             run(parse_args([*options, "-m", "hjepa.entrypoint", *arguments]))  # type: ignore[no-untyped-call]
     except SignalException as stop:
         return 128 + int(stop.sigval)
@@ -203,6 +211,36 @@ def _torchrun(processes: int, arguments: Sequence[str]) -> int:
 
 
 @contextmanager
+def _within_reach() -> Iterator[None]:
+    """End on SIGTERM while torchrun waits for other nodes too: it does so in C++, where no handler of Python's runs."""
+    import psutil
+
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    ended = threading.Event()
+
+    def watch() -> None:
+        while received := os.read(reader, 64):
+            if signal.SIGTERM not in received or psutil.Process().children():
+                continue  # once there are ranks, torchrun looks after them and after itself
+            if not ended.wait(STOP_SECONDS):
+                _write_termination(128 + signal.SIGTERM, Path(os.environ.get(ERROR_FILE, os.devnull)))
+                os._exit(128 + signal.SIGTERM)
+
+    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    thread = threading.Thread(target=watch, name="within-reach", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        signal.set_wakeup_fd(previous)
+        os.close(writer)
+        thread.join()
+        os.close(reader)
+
+
+@contextmanager
 def _first_node() -> Iterator[None]:
     """Wait for the first node of the job, and end this process once that node has started anew.
 
@@ -211,18 +249,19 @@ def _first_node() -> Iterator[None]:
     this node's launcher, which believes that it has met it already.
 
     Raises:
-        SystemExit: the first node did not come.
+        HjepaError: the first node did not come.
+        UserError: no port is given.
     """
+    from hjepa.errors import HjepaError
+
     if _nodes() == 1 or os.environ.get("PET_NODE_RANK", "0") == "0" or "PET_MASTER_ADDR" not in os.environ:
         yield
         return
-    where = os.environ["PET_MASTER_ADDR"], int(os.environ["PET_MASTER_PORT"])
+    where = os.environ["PET_MASTER_ADDR"], _number("PET_MASTER_PORT", os.environ.get("PET_MASTER_PORT", ""))
     end = time.monotonic() + MEETING_SECONDS
     while (connection := _connect(where)) is None:
         if time.monotonic() > end:
-            _note("HjepaError", message := f"the first node, {where[0]}, did not come within {MEETING_SECONDS} s")
-            print(f"error: {message}", file=sys.stderr, flush=True)
-            raise SystemExit(1)
+            raise HjepaError(f"the first node, {where[0]}, did not come within {MEETING_SECONDS} s; see its pod")
         time.sleep(1)
     ended = threading.Event()
 
@@ -259,7 +298,17 @@ def _connect(where: tuple[str, int]) -> socket.socket | None:
 
 def _nodes() -> int:
     """Nodes of this job, at most: ``PET_NNODES`` is a number or a range."""
-    return int(os.environ.get("PET_NNODES", "1").rpartition(":")[2])
+    return _number("PET_NNODES", os.environ.get("PET_NNODES", "1").rpartition(":")[2])
+
+
+def _number(name: str, text: str) -> int:
+    from hjepa.errors import UserError
+
+    if not text.isdecimal() or int(text) == 0:
+        raise UserError(
+            f"{name}={os.environ.get(name, '')!r}: expected a number above 0, as the training operator sets it"
+        )
+    return int(text)
 
 
 def _code_of(ends: Sequence[tuple[int, int]]) -> int:
