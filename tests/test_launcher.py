@@ -14,6 +14,7 @@ from hjepa.adapters.cluster import janitor, launcher
 from hjepa.adapters.cluster.client import Cluster
 from hjepa.adapters.cluster.launcher import Pace
 from hjepa.adapters.cluster.spec import TrainSpec
+from hjepa.adapters.cluster.view import JobView, PodView
 from hjepa.config import ClusterConfig
 from hjepa.errors import FutileRetryError, HjepaError, UserError
 from tests.fake_apiserver import FakeApiServer
@@ -157,6 +158,72 @@ def test_adopt__another_specification_is_refused_and_left_alone(server: FakeApiS
 
 
 @BOTH
+def test_adopt__the_job_belongs_to_both_pipeline_runs_from_then_on(
+    server: FakeApiServer, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would go with the run that started it, under the hands of the one that follows it now."""
+    spec = make_spec(cleanup="keep")
+    kinds = [KINDS[backend], *(["TrainingRuntime"] if backend == "trainjob" else [])]
+    with JobController(server, lambda index, attempt: Life(seconds=2.0)):
+        followers = []
+        for name in ("first", "second"):
+            make_workflow(server, f"run-{name}", f"pod-{name}")
+            monkeypatch.setenv("KFP_POD_NAME", f"pod-{name}")
+            followers.append(in_background(lambda: launch(backend, spec)))
+            server.wait_for(
+                lambda name=name: all(
+                    any(owner["name"] == f"run-{name}" for owner in found["metadata"]["ownerReferences"])
+                    for kind in kinds
+                    for found in server.find(kind) or [{"metadata": {"ownerReferences": []}}]
+                )
+            )
+        server.update("Workflow", "run-first", lambda w: w.update(status={"phase": "Failed"}))
+        assert janitor.sweep(Cluster()) == []
+        server.delete("Workflow", "run-first")
+        assert [follow() for follow in followers] == [{"step": 7}] * 2
+    server.update("Workflow", "run-second", lambda w: w.update(status={"phase": "Failed"}))
+    server.set_status(KINDS[backend], spec.name, {})
+    assert [item.name for item in janitor.sweep(Cluster())] == [spec.name]
+
+
+@BOTH
+def test_adopt__a_run_has_one_job_whatever_its_kind(server: FakeApiServer, backend: str) -> None:
+    spec = make_spec(cleanup="keep")
+    other = next(name for name in KINDS if name != backend)
+    with JobController(server, lambda index, attempt: Life(seconds=1.0)) as controller:
+        first = in_background(lambda: launch(backend, spec))
+        server.wait_for(lambda: len(controller.pods_made) == 2)
+        with pytest.raises(UserError, match=f"already has a {KINDS[backend]}.*cluster.backend={backend}"):
+            launch(other, spec)
+        assert launch("auto", spec) == first() == {"step": 7}
+    assert len(controller.pods_made) == 2
+    assert not server.find(KINDS[other])
+
+
+@BOTH
+def test_retry__a_failed_job_makes_way_for_one_with_more_memory(server: FakeApiServer, backend: str) -> None:
+    lives = iter([Life(exit_code=137, reason="OOMKilled"), Life()])
+    with JobController(server, lambda index, attempt: next(lives)):
+        with pytest.raises(HjepaError, match=r"raise cluster\.memory"):
+            launch(backend, make_spec(nodes=1, max_restarts=0))
+        assert launch(backend, make_spec(nodes=1, max_restarts=0, memory="128Gi")) == {"step": 7}
+
+
+def test_retry__two_launchers_at_one_failed_job_do_not_destroy_each_others(server: FakeApiServer) -> None:
+    spec = make_spec(max_restarts=0, cleanup="keep")
+    with JobController(server, lambda index, attempt: Life(exit_code=1, seconds=0.1)), pytest.raises(HjepaError):
+        launch("trainjob", spec)
+    uid = server.find("TrainJob")[0]["metadata"]["uid"]
+    with JobController(server, lambda index, attempt: Life(seconds=1.0)) as controller:
+        slow = launcher._Launch(Cluster(), launcher.BACKENDS["trainjob"], spec, lambda: {"step": 7}, "r", PACE)
+        fast = in_background(lambda: launch("trainjob", spec))
+        server.wait_for(lambda: len(controller.pods_made) == 2)
+        slow._remove(uid)  # it has seen the failed job, and is late
+        assert slow.follow() == fast() == {"step": 7}
+        assert len(controller.pods_made) == 2
+
+
+@BOTH
 def test_retry__a_failed_job_is_made_anew(server: FakeApiServer, backend: str) -> None:
     spec = make_spec(max_restarts=0)
 
@@ -223,6 +290,19 @@ def test_queue__the_time_in_it_counts_for_nothing_else(server: FakeApiServer) ->
 
         server.update("TrainJob", spec.name, resume)
         assert join() == {"step": 7}
+
+
+def test_queue__ends_every_other_wait() -> None:
+    """Kueue takes a job back whose pods find no node; admitted again, its search begins anew."""
+    limits = launcher._Limits(make_spec(schedule_timeout_seconds=0.3, nodes=1), PACE)
+    pod = PodView("p", 0, "Pending", "", unschedulable=True, message="0/3 nodes")
+    looks = [JobView("Pending", "", 1, 0, (pod,)), JobView("Queued", "", 1, 0, ())]
+    for seen in looks:
+        assert limits.exceeded(seen, str) is None
+    time.sleep(0.4)
+    assert limits.exceeded(looks[0], str) is None
+    time.sleep(0.4)
+    assert "schedule_timeout_seconds" in str(limits.exceeded(looks[0], str))
 
 
 def test_queue__has_a_limit_of_its_own(server: FakeApiServer) -> None:

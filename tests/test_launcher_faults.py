@@ -9,12 +9,16 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hjepa.adapters.cluster.client import PODS, Api, Cluster, StreamLostError
+from hjepa.adapters.cluster.launcher import BACKENDS, _Guard
+from hjepa.adapters.cluster.spec import Owner
 from hjepa.errors import FutileRetryError, HjepaError, UserError
 from tests.fake_apiserver import FakeApiServer
 from tests.job_controller import JobController, Life, make_workflow
@@ -480,6 +484,32 @@ def test_sigterm__cancellation_is_told_from_eviction(
             assert (server.get("PyTorchJob", "hjepa-a") is not None) == stays
     finally:
         launchers.close()
+
+
+def test_cancel__survives_an_answer_that_is_none(server: FakeApiServer, tmp_path: Path) -> None:
+    """A proxy's page instead of the Workflow: the thread that waits for SIGTERM goes on."""
+    workflow = make_workflow(server)["metadata"]
+    owner = Owner("argoproj.io/v1alpha1", "Workflow", workflow["name"], workflow["uid"])
+    guard = _Guard(Cluster(), BACKENDS["pytorchjob"], replace(make_spec(), owner=owner), PACE)
+    guard._look()
+    real = guard.cluster.host
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>sign in</html>")
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        guard.cluster.host = f"http://127.0.0.1:{proxy.server_port}"
+        guard._look()
+        proxy.shutdown()
+    guard.cluster.host = real
+    server.update("Workflow", workflow["name"], lambda w: w.update(spec={"activeDeadlineSeconds": 0}))
+    guard.armed = True
+    guard._act()
+    assert "cancelled" in guard.outcome
 
 
 def test_killed__launcher_is_replaced_and_the_job_adopted(server: FakeApiServer) -> None:

@@ -68,9 +68,13 @@ def _why(
         return ""
     if max_age_seconds is not None and _age(job) > max_age_seconds:
         return f"older than {max_age_seconds:.0f} s"
-    owner = next((o for o in metadata.get("ownerReferences") or [] if o["kind"] == "Workflow"), None)
-    if owner is None:
-        return ""
+    owners = [owner for owner in metadata.get("ownerReferences") or [] if owner["kind"] == "Workflow"]
+    reasons = [_over(cluster, owner, workflows) for owner in owners]
+    return reasons[-1] if reasons and all(reasons) else ""  # a job that was adopted has several
+
+
+def _over(cluster: Cluster, owner: Object, workflows: dict[str, Object | None]) -> str:
+    """Why a pipeline run waits for nothing any more; "" if it does."""
     name = owner["name"]
     if name not in workflows:
         workflows[name] = cluster.get(WORKFLOWS, name)

@@ -39,7 +39,9 @@ from hjepa.utils.logging import say, warn
 # A node that is taken away is nobody's fault, but a job that is never left alone for long gets nowhere either.
 PREEMPTIONS = 100
 _CANCEL_SECONDS = 0.3  # for one request of the cancellation; the process may be killed a second after SIGTERM
+_CANCEL_BUDGET_SECONDS = 60.0  # for a cancellation by hand
 _LOG_LINES_PER_SECOND = 100
+_LOG_PAUSE_SECONDS = 30.0  # between two tries to read it, at most
 _LAST_LINES = 50
 
 
@@ -111,12 +113,38 @@ def launch(
     if backend == "local":
         return local.launch(spec, result=result, run=run)
     cluster = Cluster(namespace, budget_seconds=pace.budget)
-    name = backend if backend != "auto" else choose_backend(cluster)
-    if name not in BACKENDS:
-        raise UserError(f"cluster.backend={name}: expected auto, local or one of {', '.join(BACKENDS)}")
+    if backend not in ("auto", *BACKENDS):
+        raise UserError(f"cluster.backend={backend}: expected auto, local or one of {', '.join(BACKENDS)}")
+    name = _kind_of(cluster, spec.name, backend) or (choose_backend(cluster) if backend == "auto" else backend)
     if spec.owner is None:
         spec = replace(spec, owner=find_owner(cluster))
     return _Launch(cluster, BACKENDS[name], spec, result, run, pace).follow()
+
+
+def _kind_of(cluster: Cluster, name: str, wanted: str) -> str | None:
+    """The backend whose job of this name is there already; two of them would write the same checkpoints.
+
+    Raises:
+        UserError: it is another one than ``wanted``.
+    """
+    present = cluster.training_groups()
+    for key, backend in BACKENDS.items():
+        if backend.module.GROUP not in present:
+            continue
+        try:
+            found = cluster.get(backend.api, name)
+        except AccessError:
+            if key == wanted:
+                raise
+            continue  # who may not see such jobs has made none
+        if found is not None and wanted not in ("auto", key):
+            raise UserError(
+                f"this run already has a {backend.module.KIND} {name} in namespace {cluster.namespace}; follow it "
+                f"with cluster.backend={key}, or delete it first"
+            )
+        if found is not None:
+            return key
+    return None
 
 
 def choose_backend(cluster: Cluster) -> str:
@@ -147,7 +175,7 @@ def find_owner(cluster: Cluster) -> Owner | None:
 
 def cancel(name: str, *, backend: str = "auto", namespace: str | None = None) -> list[str]:
     """Stop the job of this name, wherever it may be; returns what was deleted, as "kind name"."""
-    cluster = Cluster(namespace)
+    cluster = Cluster(namespace, budget_seconds=_CANCEL_BUDGET_SECONDS)
     present = cluster.training_groups()
     deleted = []
     for key, candidate in BACKENDS.items():
@@ -231,12 +259,15 @@ class _Launch:
             self.guard.check()
             current = self.cluster.get(self.backend.api, self.spec.name)
             if current is not None:
-                self._check_same(current, job)
                 if current["metadata"].get("deletionTimestamp"):
                     self._wait_until_gone(current["metadata"]["uid"])
                     continue
                 seen = self._observe(current)
+                if seen.phase != "Failed":  # one that failed makes way for one that was given more memory
+                    self._check_same(current, job)
                 if seen.phase != "Failed":
+                    if not self._own(current, job):
+                        continue
                     say(f"{self.label}: adopted, {seen.summary()}")
                     self.guard.armed = True
                     return seen.uid
@@ -257,6 +288,29 @@ class _Launch:
                 continue  # another launcher was faster, or the answer to our own request was lost
             say(f"{self.label}: created in namespace {self.cluster.namespace}")
             return str(made["metadata"]["uid"])
+
+    def _own(self, current: Object, wanted: Object) -> bool:
+        """Add our pipeline run to the owners of an adopted job, so that it does not go with the run that started it.
+
+        Returns:
+            False if the job has changed meanwhile; look at it again.
+        """
+        ours = wanted["metadata"].get("ownerReferences") or []
+        for api, name in ((api, self.spec.name) for api in (self.backend.api, *self.backend.companions)):
+            found = current if api is self.backend.api else self.cluster.get(api, name)
+            owners = (found or {}).get("metadata", {}).get("ownerReferences") or []
+            missing = [owner for owner in ours if owner["uid"] not in {other["uid"] for other in owners}]
+            if found is None or not owners or not missing:
+                continue  # without any owner it belongs to whoever started it by hand, and stays
+            version = found["metadata"]["resourceVersion"]
+            patch = {"metadata": {"resourceVersion": version, "ownerReferences": [*owners, *missing]}}
+            try:
+                self.cluster.patch(api, name, patch)
+            except ApiError as error:
+                if error.status not in (404, 409):
+                    raise
+                return False
+        return True
 
     def _create_companion(self, api: Api, manifest: Object) -> None:
         """A runtime; a leftover of another specification is of no use to anybody, for its job is gone."""
@@ -285,9 +339,12 @@ class _Launch:
 
     def _remove(self, uid: str) -> None:
         """Delete the job and wait until its pods are gone, which would fight the new ones for GPUs."""
-        self.cluster.delete(self.backend.api, self.spec.name, uid=uid, foreground=True)
-        for api in self.backend.companions:
-            self.cluster.delete(api, self.spec.name)
+        companions = [(api, self.cluster.get(api, self.spec.name)) for api in self.backend.companions]
+        if not self.cluster.delete(self.backend.api, self.spec.name, uid=uid, foreground=True):
+            return  # another launcher was faster, and what is there now is its own
+        for api, companion in companions:
+            if companion is not None:
+                self.cluster.delete(api, self.spec.name, uid=companion["metadata"]["uid"])
         self._wait_until_gone(uid)
 
     def _wait_until_gone(self, uid: str) -> None:
@@ -295,8 +352,9 @@ class _Launch:
         end = time.monotonic() + limit
         while True:
             current = self.cluster.get(self.backend.api, self.spec.name)
-            gone = current is None or current["metadata"]["uid"] != uid
-            if gone and not self._pods():
+            if current is not None and current["metadata"]["uid"] != uid:
+                return  # another launcher has made it anew, and the pods are those of the new one
+            if current is None and not self._pods():
                 return
             if time.monotonic() > end:
                 raise HjepaError(f"{self.label}: its pods are still there {limit:.0f} s after it was deleted")
@@ -430,6 +488,7 @@ class _Limits:
         """The error of the first limit that has passed."""
         now, limits = time.monotonic(), self.wanted
         if seen.phase == "Queued":
+            self._since = {what: since for what, since in self._since.items() if what == "queue"}
             waited = self._lasting("queue", True)
             if limits.queue_timeout_seconds is not None and waited > limits.queue_timeout_seconds:
                 queue = f"queue {limits.queue}" if limits.queue else "its queue"
@@ -578,7 +637,8 @@ class _Guard:
             found = self._once("GET", path)
         except ApiError as error:
             if error.status == 401:
-                self.cluster.reload()
+                with suppress(UserError):  # a kubeconfig that is being replaced
+                    self.cluster.reload()
             elif self.spec.owner is not None:
                 self._workflow_hidden = error.status == 403
             return
@@ -598,7 +658,13 @@ class _Guard:
 
         try:
             return self.cluster.once(method, path, body=body, seconds=_CANCEL_SECONDS)
-        except urllib3.exceptions.HTTPError as error:
+        except ApiError:
+            raise
+        except (
+            urllib3.exceptions.HTTPError,
+            HjepaError,
+            ValueError,
+        ) as error:  # the latter two: no answer of Kubernetes
             raise OSError(str(error)) from error
 
     def _act(self) -> None:
@@ -609,7 +675,11 @@ class _Guard:
         if not self._should_stop():
             self.outcome = f"told to stop; {job} goes on, and the next try of this step adopts it"
             return
-        self.outcome = f"cancelled: {job} could not be deleted in time; the janitor will"
+        self.outcome = (
+            f"cancelled: {job} could not be deleted in time; the janitor will"
+            if self.spec.owner
+            else f"told to stop: {job} could not be deleted in time and goes on; stop it with: hjepa job cancel"
+        )
         for api in (self.backend.api, *self.backend.companions):
             path = api.path(self.cluster.namespace, self.spec.name)
             for _ in range(3):
@@ -683,7 +753,7 @@ class _RankZeroLog:
         since = ""  # the time stamp of the last line shown
         second, printed, left_out = 0, 0, 0
         failures = 0
-        while not self._closing.is_set() and self._pods.empty() and failures < 20:
+        while not self._closing.is_set() and self._pods.empty():
             query = {"follow": "true", "timestamps": "true"} | ({"sinceTime": since} if since else {})
             try:
                 for line in self.cluster.log(pod, self.container, **query):
@@ -705,16 +775,20 @@ class _RankZeroLog:
             except AccessError as error:
                 warn(f"no log of pod {pod}: {error}")
                 return
-            except HjepaError:
+            except HjepaError as error:
                 failures += 1
-                self._closing.wait(min(5.0, 0.2 * 2**failures))
+                if failures == 10:
+                    warn(f"no log of pod {pod} for now: {error}")
+                if failures > 5 and self._ended(pod):
+                    return
+                self._closing.wait(min(_LOG_PAUSE_SECONDS, 0.2 * 2**failures))
             else:
                 if left_out:
                     say(f"[{pod}] ... {left_out} lines left out")
                 if self._ended(pod):
                     return
                 failures += 1
-                self._closing.wait(min(5.0, 0.2 * 2**failures))
+                self._closing.wait(min(_LOG_PAUSE_SECONDS, 0.2 * 2**failures))
 
     def _ended(self, pod: str) -> bool:
         """Whether there is nothing more to come; a container may start again in the same pod."""

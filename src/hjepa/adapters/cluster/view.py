@@ -13,6 +13,7 @@ Phase = Literal["Queued", "Pending", "Running", "Restarting", "Succeeded", "Fail
 
 # Why a pod went without fault of its own: the node was drained, lost or needed for something more important.
 _DISRUPTIONS = ("Evicted", "Preempting", "NodeLost", "NodeShutdown", "Shutdown", "Terminated")
+_TRAINING = ("pytorch", "node")  # the names that the operators know the training container by
 _PULL_PROBLEMS = ("ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "RegistryUnavailable")
 _NEVER_STARTS = ("InvalidImageName", "CreateContainerConfigError", "CreateContainerError", "RunContainerError")
 _NO_HEALING = ("violates PodSecurity", "denied the request", "is forbidden: error looking up service account")
@@ -169,8 +170,10 @@ def _pod_view(pod: Object, index_label: str) -> PodView:
         disrupted = _said(disruption)
     elif status.get("reason") in _DISRUPTIONS:
         disrupted = _said(status)
-    containers = [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
-    waiting: Object = next((c["state"]["waiting"] for c in containers if (c.get("state") or {}).get("waiting")), {})
+    every = [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
+    waiting: Object = next((c["state"]["waiting"] for c in every if (c.get("state") or {}).get("waiting")), {})
+    # What a mesh or an agent adds to the pod has exit codes of its own.
+    containers = [item for item in status.get("containerStatuses") or [] if item.get("name") in _TRAINING]
     ended = [
         state["terminated"]
         for container in containers
@@ -180,6 +183,7 @@ def _pod_view(pod: Object, index_label: str) -> PodView:
     # The last failure, also of a container that runs again; without one, the success.
     last = next((end for end in ended if end.get("exitCode")), ended[0] if ended else {})
     specs = (pod.get("spec") or {}).get("containers") or [{}]
+    main = next((item for item in specs if item.get("name") in _TRAINING), specs[0])
     label = (metadata.get("labels") or {}).get(index_label, "0")
     return PodView(
         name=metadata["name"],
@@ -188,7 +192,7 @@ def _pod_view(pod: Object, index_label: str) -> PodView:
         created=metadata.get("creationTimestamp", ""),
         ready=conditions.get("Ready", {}).get("status") == "True" and not metadata.get("deletionTimestamp"),
         node=(pod.get("spec") or {}).get("nodeName", ""),
-        image=specs[0].get("image", ""),
+        image=main.get("image", ""),
         waiting=waiting.get("reason", ""),
         message=waiting.get("message", "") or (scheduled.get("message", "") if unschedulable or gated else ""),
         unschedulable=unschedulable,
@@ -197,7 +201,7 @@ def _pod_view(pod: Object, index_label: str) -> PodView:
         exit_reason=last.get("reason", "") or status.get("reason", ""),
         termination=last.get("message", "") or status.get("message", ""),
         disrupted=disrupted,
-        restarts=sum(int(c.get("restartCount") or 0) for c in status.get("containerStatuses") or []),
+        restarts=sum(int(container.get("restartCount") or 0) for container in containers),
     )
 
 
@@ -246,6 +250,8 @@ def explain_failure(view: JobView) -> Cause:
         return cause
     if code := re.search(r"exit code (2|13)\b", view.reason):  # all that is left once the operator has taken the pods
         return Cause("futile" if code[1] == "13" else "user", view.reason)
+    if "DeadlineExceeded" in view.reason:  # told by everything stopping at once, which would look like a preemption
+        return Cause("other", f"{view.reason}; cluster.total_timeout_seconds is over")
     dead = [pod for pod in view.pods if pod.died]
     for pod in dead:
         if pod.disrupted:
@@ -258,11 +264,12 @@ def explain_failure(view: JobView) -> Cause:
                 "data.num_workers or training.batch_size"
             )
             return Cause("memory", text, pod)
-    for pod in dead:
-        if exit_code(pod) == 143:
-            return Cause("preempted", f"pod {pod.name} was told to stop: {_reported(pod)}", pod)
-    if dead:
-        pod = dead[0]
+    # The operator stops the peers of a node that crashed, so 143 says something only where there is nothing else.
+    crashed = [pod for pod in dead if exit_code(pod) != 143]
+    if dead and not crashed:
+        return Cause("preempted", f"pod {dead[0].name} was told to stop: {_reported(dead[0])}", dead[0])
+    if crashed:
+        pod = crashed[0]
         told = _reported(pod)
         text = f"pod {pod.name}: exit code {exit_code(pod)}{f' ({pod.exit_reason})' if pod.exit_reason else ''}"
         return Cause("other", f"{text}: {told}" if told else text, pod)
