@@ -3,15 +3,16 @@
     python examples/training_example.py                         Fashion-MNIST, some minutes on two CPU cores
     python examples/training_example.py --images my/folder      your own images, in any folders below it
 
-Stop it with Ctrl-C whenever you like: the same command goes on where it was. docs/TRAINING.md explains what is used
-here, and `hjepa train` does the same from the command line.
+Results go to results/example, or for my/folder to results/example-folder. Stop it with Ctrl-C whenever you like: the
+same command goes on where it was. docs/TRAINING.md explains what is used here, and `hjepa train` does the same from the
+command line.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -112,14 +113,22 @@ def use(config: Config, model: HJEPAModel, loader: TrainLoader) -> None:
     print(f"the first image is most like number {int(nearest)}, with a cosine of {score:.2f}")
 
 
-def main() -> int:
+def read_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train an H-JEPA by hand, out of its parts.")
     parser.add_argument("--config", default="demo", help="a packaged configuration or a file (default: %(default)s)")
     parser.add_argument("--images", type=Path, help="folder of images; the default is Fashion-MNIST")
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--results", type=Path, default=Path("results/example"))
+    parser.add_argument("--results", type=Path, help="folder; the default is one for Fashion-MNIST or these images")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override; repeatable")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
+    if arguments.results is None:  # other images are another experiment, which must not go on with this one's state
+        name = f"example-{arguments.images.resolve().name}" if arguments.images else "example"
+        arguments.results = Path("results") / name
+    return arguments
+
+
+def main() -> int:
+    arguments = read_arguments()
     try:
         config = configure(arguments)
         model, loader = train(config, arguments.results)

@@ -6,6 +6,7 @@ A profile is the section ``cluster`` of a configuration in a file of its own (``
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,12 @@ if TYPE_CHECKING:  # importing a pipeline needs kfp alone
 
 S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 MLFLOW_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+WANDB_KEYS = ("WANDB_API_KEY",)
+# What of a profile can be said of a task; the rest is for a training job, which pretrain-distributed starts.
+OF_TASKS = {
+    "registry", "image", "image_pull_secrets", "gpus_per_node", "processes_per_node", "gpu_resource", "cpu", "memory",
+    "shm", "node_selector", "tolerations", "queue", "s3_secret", "mlflow_secret", "env",
+}  # fmt: skip
 IMAGES = "/data"  # where the claim with the images is mounted: data_root=/data
 HOUR = 3600
 DAY = 24 * HOUR
@@ -29,17 +36,25 @@ class Placement:
         images_claim: PersistentVolumeClaim with the images, which prepare_data reads at ``IMAGES``; None mounts none.
 
     Raises:
-        hjepa.errors.UserError: for every mistake in the profile.
+        hjepa.errors.UserError: for every mistake in the profile, or for a claim that can have no such name.
     """
 
     def __init__(self, profile: Path | None = None, images_claim: str | None = None):
         from hjepa import steps
         from hjepa.config import load_config
+        from hjepa.errors import UserError
 
+        label = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+        if images_claim and not (re.fullmatch(rf"{label}(\.{label})*", images_claim) and len(images_claim) <= 253):
+            raise UserError(
+                f"--images-claim {images_claim}: expected the name of a PersistentVolumeClaim: lower-case letters, "
+                "digits, '-' and '.', as `kubectl get pvc` prints it"
+            )
         self.images_claim = images_claim
         settings = steps.profile_settings(str(profile)) if profile else []
         self.cluster: ClusterConfig = load_config("default", settings).cluster
         given = {item.partition("=")[0].removeprefix("cluster.") for item in settings}
+        self.of_jobs_alone = sorted(given - OF_TASKS - ({"nodes"} if self.cluster.nodes == 1 else set()))
         # What a run's tasks get of it. On one line: KFP writes defaults into comments.
         self.text = json.dumps({"cluster": self.cluster.model_dump(mode="json", include=given)}) if given else ""
 
@@ -89,6 +104,14 @@ class Placement:
                 value=toleration.value,
                 effect=toleration.effect,
             )
+        if cluster.image is not None:
+            task.set_container_image(cluster.image)
         for name, value in cluster.env.items():
             task.set_env_variable(name, value)
+        if cluster.processes_per_node is not None:
+            task.set_env_variable("HJEPA_PROCESSES", str(cluster.processes_per_node))
+        if cluster.queue is not None:
+            kubernetes.add_pod_label(task, "kueue.x-k8s.io/queue-name", cluster.queue)
+        # A training job gets all keys of its Secrets; here each is named.
+        kubernetes.use_secret_as_env(task, cluster.mlflow_secret, {key: key for key in WANDB_KEYS}, optional=True)
         self.loads_images(task)

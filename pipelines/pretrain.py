@@ -5,6 +5,7 @@ TrainJob over many nodes. The rest is the same.
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,21 +207,35 @@ def compile_to(path: Path, name: str, place: Placement) -> None:
     compiler.Compiler().compile(PIPELINES[name](place), str(path))
 
 
-def main() -> None:
+def main() -> int:
+    """Compile, and return the exit code: 2 for a mistake of the caller, told without a traceback."""
+    from hjepa.errors import UserError
+
     parser = argparse.ArgumentParser(prog="python -m pipelines.pretrain", description=__doc__)
     parser.add_argument("output", nargs="?", type=Path, help="the YAML to write; default: both, to pipelines/compiled")
     parser.add_argument("--pipeline", choices=PIPELINES, default="pretrain", help="which one goes to OUTPUT")
     parser.add_argument("--profile", type=Path, help="a cluster's profile, such as pipelines/profiles/kind.yaml")
     parser.add_argument("--images-claim", metavar="NAME", help="claim with the images, for prepare_data at /data")
     options = parser.parse_args()
-    if options.output is not None:
-        compile_to(options.output, options.pipeline, Placement(options.profile, options.images_claim))
-    elif options.profile or options.images_claim:
+    if options.output is None and (options.profile or options.images_claim):
         parser.error("name the OUTPUT: the committed pipelines belong to no cluster")
-    else:
-        for name in PIPELINES:
-            compile_to(COMPILED / f"{name}.yaml", name, Placement())
+    if options.output is not None and options.output.suffix not in {".yaml", ".yml"}:
+        parser.error(f"{options.output}: expected a name that ends with .yaml")
+    try:
+        if options.output is None:
+            for name in PIPELINES:
+                compile_to(COMPILED / f"{name}.yaml", name, Placement())
+            return 0
+        place = Placement(options.profile, options.images_claim)
+        compile_to(options.output, options.pipeline, place)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UserError.exit_code
+    if options.pipeline == "pretrain" and place.of_jobs_alone:
+        keys = ", ".join(f"cluster.{key}" for key in place.of_jobs_alone)
+        print(f"note: without effect in pretrain, which starts no training job: {keys}", file=sys.stderr)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

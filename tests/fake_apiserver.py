@@ -3,7 +3,8 @@
 It serves the python client and plain ``kubectl`` (apply, apply -k, --server-side, --dry-run=server, get, wait, delete):
 discovery, strict field validation, CRUD with optimistic locking, watches, selectors, status subresources, the four
 kinds of patch, owner references, pods with logs, RBAC from the stored roles, Pod Security and the operators' webhooks.
-Operators and kubelets are not part of it: see job_controller.py.
+Operators and kubelets are not part of it: see job_controller.py. Nor is protobuf, in which ``kubectl create`` sends
+what it makes of its arguments (a Secret, a namespace): 415; add ``--dry-run=client -o yaml | kubectl apply -f -``.
 By hand: ``python tests/fake_apiserver.py --port 8001``, then ``kubectl --server=http://127.0.0.1:8001 apply -f FILE``.
 """
 
@@ -107,6 +108,14 @@ CUSTOM = (
     Resource("kueue.x-k8s.io", "v1beta1", "localqueues", "LocalQueue"),
     Resource("kueue.x-k8s.io", "v1beta1", "clusterqueues", "ClusterQueue", namespaced=False),
 )
+
+SHORT_NAMES = {
+    "pods": ["po"], "namespaces": ["ns"], "nodes": ["no"], "configmaps": ["cm"], "serviceaccounts": ["sa"],
+    "services": ["svc"], "persistentvolumeclaims": ["pvc"], "resourcequotas": ["quota"], "limitranges": ["limits"],
+    "events": ["ev"], "deployments": ["deploy"], "statefulsets": ["sts"], "daemonsets": ["ds"], "cronjobs": ["cj"],
+    "networkpolicies": ["netpol"], "ingresses": ["ing"], "poddisruptionbudgets": ["pdb"], "priorityclasses": ["pc"],
+    "customresourcedefinitions": ["crd", "crds"],
+}  # fmt: skip
 
 
 # -- schemas ---------------------------------------------------------------------------------------------------------
@@ -357,7 +366,7 @@ WEBHOOKS: dict[str, tuple[str, Callable[[Object], list[str]]]] = {
     "PyTorchJob": ("validator.pytorchjob.training-operator.kubeflow.org", webhook_pytorchjob),
     "TrainJob": ("validator.trainjob.trainer.kubeflow.org", webhook_trainjob),
 }
-IMMUTABLE = {"TrainJob": ("runtimeRef", "trainer", "initializer")}
+IMMUTABLE = {"TrainJob": ("runtimeRef", "trainer", "initializer"), "Job": ("template",)}
 
 
 def pod_security_violations(spec: Object, level: str = "restricted") -> list[str]:
@@ -451,27 +460,48 @@ def merge_patch(target: Any, patch: Any) -> Any:
     return merged
 
 
+# What tells the items of a list apart, where a strategic merge patch merges them; other lists are replaced whole.
+MERGE_KEYS = {
+    "containers": ("name",), "initContainers": ("name",), "volumes": ("name",), "env": ("name",), "secrets": ("name",),
+    "imagePullSecrets": ("name",), "volumeMounts": ("mountPath",), "volumeDevices": ("devicePath",),
+    "ports": ("containerPort", "port"), "hostAliases": ("ip",), "topologySpreadConstraints": ("topologyKey",),
+    "ownerReferences": ("uid",), "conditions": ("type",),
+}  # fmt: skip
+
+
 def strategic_patch(target: Any, patch: Any) -> Any:
-    """As a merge patch, but lists of named things merge by name."""
+    """As a merge patch, but the items of some lists merge with those that they name, however deep."""
     if not isinstance(patch, dict):
         return patch
-    merged = dict(target) if isinstance(target, dict) else {}
+    merged = dict(target) if isinstance(target, dict) and patch.get("$patch") != "replace" else {}
+    if "$retainKeys" in patch:
+        merged = {key: value for key, value in merged.items() if key in patch["$retainKeys"]}
     for key, value in patch.items():
         if key.startswith("$"):
             continue
         if value is None:
             merged.pop(key, None)
-        elif isinstance(value, list) and value and all(isinstance(item, dict) and "name" in item for item in value):
-            by_name = {item["name"]: item for item in merged.get(key) or []}
-            for item in value:
-                if item.get("$patch") == "delete":
-                    by_name.pop(item["name"], None)
-                else:
-                    by_name[item["name"]] = strategic_patch(by_name.get(item["name"]), item)
-            merged[key] = list(by_name.values())
+        elif isinstance(value, list) and key in MERGE_KEYS:
+            merged[key] = _merged_items(merged.get(key) or [], value, MERGE_KEYS[key])
         else:
             merged[key] = strategic_patch(merged.get(key), value)
     return merged
+
+
+def _merged_items(items: list[Object], patches: list[Object], keys: tuple[str, ...]) -> list[Object]:
+    if {"$patch": "replace"} in patches:
+        return [item for item in patches if item != {"$patch": "replace"}]
+
+    def identity(item: Object) -> Any:
+        return next(item[key] for key in keys if key in item)
+
+    found = {identity(item): item for item in items}
+    for item in patches:
+        if item.get("$patch") == "delete":
+            found.pop(identity(item), None)
+        else:
+            found[identity(item)] = strategic_patch(found.get(identity(item)), item)
+    return list(found.values())
 
 
 def json_patch(target: Any, operations: list[Object]) -> Any:
@@ -1469,7 +1499,7 @@ class _Handler(BaseHTTPRequestHandler):
         def change(current: Object) -> Object:
             try:
                 changed: Object = patches[content](current, body)
-            except (KeyError, IndexError, ValueError, TypeError) as error:
+            except (KeyError, IndexError, ValueError, TypeError, StopIteration) as error:
                 text = f"the server rejected our request due to an error in our request: {error}"
                 raise ApiError(422, "Invalid", text) from error
             return changed
@@ -1480,7 +1510,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _parse(self, raw: bytes) -> Any:
         if "protobuf" in self.headers.get("Content-Type", ""):
-            raise ApiError(415, "UnsupportedMediaType", "the body of the request was in an unknown format: protobuf")
+            raise ApiError(415, "UnsupportedMediaType", "the body of the request was in an unknown format: protobuf; "
+                           "this server of tests reads JSON and YAML: kubectl create ... --dry-run=client -o yaml | "
+                           "kubectl apply -f -")  # fmt: skip
         if not raw:
             return {}
         try:
@@ -1524,7 +1556,8 @@ def _resource_list(resources: list[Resource]) -> Object:
     found: list[Object] = []
     for resource in resources:
         common = {"kind": resource.kind, "namespaced": resource.namespaced}
-        found.append({"name": resource.plural, "singularName": resource.kind.lower(), "verbs": verbs} | common)
+        names = {"singularName": resource.kind.lower(), "shortNames": SHORT_NAMES.get(resource.plural, [])}
+        found.append({"name": resource.plural, "verbs": verbs} | names | common)
         if resource.status:
             found.append(
                 {"name": f"{resource.plural}/status", "singularName": "", "verbs": ["get", "patch", "update"]} | common

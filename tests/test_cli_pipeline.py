@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from fake_kfp_server import FakeKfpServer
 
 from hjepa.config import parse_yaml
@@ -57,6 +58,10 @@ def test_run__mistakes_are_found_before_anything_is_sent() -> None:
             (["config"], "expected NAME=VALUE"),
             (["gpus=many"], "cluster.gpus_per_node"),
             (["champion_margin=-1"], "tracking.champion_margin"),
+            (['overrides=["training.lr=fast"]'], "training.lr"),
+            (["run=a/b"], "run=a/b: expected lower-case letters"),
+            (["run=" + "x" * 64], "at most 63"),
+            (["profile={cluster: {env: {HF_TOKEN: verysecret}}}"], "HF_TOKEN"),
             (["--pipeline", "pretrain-distributed", "nodes=0"], "cluster.nodes"),
             (["--pipeline", "pretrain-distributed", "backend=slurm"], "cluster.backend"),
         ):
@@ -98,15 +103,44 @@ def test_compile__mistakes_in_a_profile_are_told_without_a_traceback(tmp_path: P
     for text, message in (
         ("cluster: {nodes: many}", "cluster.nodes"),
         ("training: {epochs: 1}", "one section, cluster"),
+        ("cluster: {env: {AWS_SECRET_ACCESS_KEY: verysecret}}", "AWS_SECRET_ACCESS_KEY"),
+        ("cluster: {env: {PET_NNODES: '7'}}", "PET_NNODES"),
+        ("cluster: {env: {2024-01-01: a}}", "write it in quotes"),
     ):
         profile.write_text(text, "utf-8")
         done = hjepa("compile", "--profile", str(profile), "--output", str(tmp_path / "out.yaml"))
         assert done.returncode == 2
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+        assert "verysecret" not in done.stderr
+        assert not (tmp_path / "out.yaml").exists()
     nowhere = hjepa("compile", "--profile", str(profile))
     assert nowhere.returncode == 2
     assert "--output" in nowhere.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "/proc/x.yaml"], "/proc/x.yaml"),
+        (["--output", "out.txt"], "expected a name that ends with .yaml"),
+        (["--output", "out.yaml", "--images-claim", "Bad Name!"], "--images-claim Bad Name!"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_compile__mistakes_in_its_arguments_are_the_users(arguments: list[str], message: str) -> None:
+    done = hjepa("compile", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_compile__says_what_of_a_profile_has_no_effect(tmp_path: Path) -> None:
+    profile = tmp_path / "profile.yaml"
+    profile.write_text("cluster: {grace_seconds: 60, cpu: '2'}\n", "utf-8")
+    done = hjepa("compile", "--profile", str(profile), "--output", str(tmp_path / "out.yaml"))
+    assert done.returncode == 0, done.stderr
+    assert "note: without effect in pretrain, which starts no training job: cluster.grace_seconds\n" in done.stderr
 
 
 def test_compile__writes_the_named_pipeline(tmp_path: Path) -> None:

@@ -310,6 +310,42 @@ def test_command__four_mistakes_are_one_message_and_exit_code_2(command: str, tm
     assert "Did you mean training.warmup_epochs?" in said[2]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+        "MLFLOW_TRACKING_USERNAME",
+        "WANDB_API_KEY",
+        "HF_TOKEN",
+        "db_password",
+    ],
+)
+def test_env__holds_no_credential_and_its_value_is_not_told(name: str) -> None:
+    (problem,) = problems(f"cluster: {{env: {{{name}: verysecret, NCCL_DEBUG: INFO}}}}")
+    assert problem.startswith(f"cluster.env: the job's variables hold {name}: a manifest is readable by everybody")
+    assert "cluster.s3_secret" in problem
+    assert "verysecret" not in problem
+
+
+def test_env__starts_no_torchrun_and_is_judged_beside_the_other_mistakes() -> None:
+    first, second = problems("", "cluster.env={PET_NNODES: '7'}", "cluster.nodes=0")
+    assert first == "cluster.nodes: got 0, expected a number >= 1."
+    assert "PET_NNODES" in second
+    assert "cluster.processes_per_node" in second
+
+
+def test_env__names_that_only_look_like_it_pass() -> None:
+    env = {"AWS_WEB_IDENTITY_TOKEN_FILE": "a", "TOKENIZERS_PARALLELISM": "b", "AWS_REGION": "c", "PETALS": "d"}
+    assert load_config("", [f"cluster.env={json.dumps(env)}"]).cluster.env == env
+
+
+@pytest.mark.parametrize("text", ["cluster: {env: {2024-01-01: a}}", "cluster: {? [1] : 2}"])
+def test_yaml__a_key_that_is_no_text_is_said(text: str) -> None:
+    with pytest.raises(UserError, match="is no text; write it in quotes"):
+        load_config(text)
+
+
 def test_command__needs_no_torch_to_start() -> None:
     code = "import sys; from hjepa.cli import build_parser; build_parser(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

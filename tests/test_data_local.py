@@ -185,6 +185,18 @@ def test_open_prepared__names_the_report_of_unusable_files(tmp_path: Path) -> No
     assert prepared_folders(settings) == []
 
 
+def test_open_prepared__holds_a_prepared_set_to_the_limit_of_now(tmp_path: Path) -> None:
+    write_images(tmp_path / "pictures", 10)
+    (tmp_path / "pictures" / "bad.png").write_bytes(b"no picture")
+    open_prepared(config(tmp_path, quarantine_limit=0.1))
+    with pytest.raises(UserError, match=r"1 of 11 files \(9\.1%\).*allows 5\.0%") as refused:
+        open_prepared(config(tmp_path))
+    found = re.search(r"The report: (.*)$", str(refused.value))
+    assert found is not None
+    assert "bad.png" in Path(found[1]).read_text()
+    assert open_prepared(config(tmp_path, quarantine_limit=0.1))[0]["quarantine"]["total"] == 1
+
+
 def test_open_prepared__folder_that_cannot_be_written_to(labelled: Config, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(UserError, match=r"data\.cache_dir=.*Choose a folder"):

@@ -15,7 +15,7 @@ import pytest
 from fake_apiserver import FakeApiServer, pod_security_violations
 from fake_kfp_server import FakeKfpServer
 
-from hjepa.adapters.cluster import doctor
+from hjepa.adapters.cluster import client, doctor
 from hjepa.adapters.cluster.doctor import Row
 from hjepa.config import load_config
 from hjepa.errors import HjepaError, UserError
@@ -84,7 +84,13 @@ Break = Callable[[FakeApiServer], object]
 @pytest.mark.parametrize(
     ("broken", "settings", "row", "detail", "remedy"),
     [
-        (lambda s: s.delete("ServiceAccount", "hjepa-train"), (), "service account", "no service account", "manifests"),
+        (
+            lambda s: s.delete("ServiceAccount", "hjepa-train"),
+            (),
+            "service account",
+            "no service account",
+            "manifests/overlays/accounts with its namespace set to training",
+        ),
         (lambda s: s.delete("Secret", "hjepa-s3"), (), "secret S3", "no Secret 'hjepa-s3'", "create secret generic"),
         (
             lambda s: (s.delete("Secret", "hjepa-s3"), s.create(secret("hjepa-s3", {"AWS_ACCESS_KEY_ID": "a"}))),
@@ -107,7 +113,20 @@ Break = Callable[[FakeApiServer], object]
             "may not create trainjobs.trainer.kubeflow.org in training",
             "Role",
         ),
-        (lambda s: s.deny("get", "", "pods/log"), (), "rights", "may not get pods/log in training", "Role"),
+        (
+            lambda s: s.deny("get", "", "pods/log"),
+            (),
+            "rights",
+            "may not get pods/log in training",
+            "manifests/overlays/accounts with its namespace set to training, and bind its Role",
+        ),
+        (
+            lambda s: s.deny("patch", "kubeflow.org", "pytorchjobs"),
+            (),
+            "rights",
+            "may not patch pytorchjobs.kubeflow.org in training",
+            "Role",
+        ),
         (
             lambda s: None,
             ("cluster.gpus_per_node=16",),
@@ -176,6 +195,28 @@ def test_check__what_may_not_be_seen_is_unknown_and_not_wrong(server: FakeApiSer
     assert "may not look" in found["nodes"].detail
 
 
+def test_check__without_a_look_at_workflows_nothing_fails(server: FakeApiServer) -> None:
+    all_of_them = rows()["rights"].detail
+    server.deny("get", "argoproj.io", "workflows")
+    found = rows()
+    assert found["rights workflows"].ok is None
+    assert "cannot tell an eviction from a cancellation" in found["rights workflows"].detail
+    assert "manifests/overlays/accounts" in found["rights workflows"].remedy
+    assert found["rights"].ok is True
+    numbers = [int(detail.split()[1]) for detail in (all_of_them, found["rights"].detail)]
+    assert numbers[0] == numbers[1] + 1
+
+
+def test_check__without_argo_nobody_needs_workflows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeApiServer(without=("workflows",)) as server:
+        fill(server)
+        server.deny("get", "argoproj.io", "workflows")
+        monkeypatch.setenv("KUBECONFIG", str(server.write_kubeconfig(tmp_path / "kubeconfig")))
+        found = rows()
+    assert "rights workflows" not in found
+    assert found["rights"].ok is True
+
+
 def test_check__no_cluster_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "missing"))
     with pytest.raises(UserError, match="kubeconfig"):
@@ -183,9 +224,17 @@ def test_check__no_cluster_is_one_message(tmp_path: Path, monkeypatch: pytest.Mo
     with FakeApiServer() as gone:
         path = gone.write_kubeconfig(tmp_path / "kubeconfig")
     monkeypatch.setenv("KUBECONFIG", str(path))
-    monkeypatch.setattr(doctor, "_BUDGET_SECONDS", 0.5)
-    with pytest.raises(HjepaError, match="gave no answer"):
+    monkeypatch.setattr(client, "_ABSENT_SECONDS", 0.0)
+    with pytest.raises(UserError, match=r"no way to the Kubernetes API at .*correct the cluster's server"):
         rows()
+
+
+def test_check__an_outage_is_one_message(server: FakeApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_BUDGET_SECONDS", 0.5)
+    server.fail(503, count=100)
+    with pytest.raises(HjepaError, match="gave no answer") as told:
+        rows()
+    assert not isinstance(told.value, UserError)
 
 
 def test_check__expired_credentials_end_the_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,6 +278,7 @@ def test_pod__tells_what_it_saw_and_is_deleted(server: FakeApiServer) -> None:
     assert server.find("Pod") == []
     (pod,) = seen
     assert pod_security_violations(pod["spec"]) == []
+    assert pod["spec"]["activeDeadlineSeconds"] == 300 + 60  # cluster.image_timeout_seconds and a minute to look
     container = pod["spec"]["containers"][0]
     assert container["args"][:3] == ["doctor", "--servers", "--config"]
     asked = load_config(container["args"][3])
@@ -250,6 +300,37 @@ def test_pod__that_cannot_start_is_told_at_once_and_deleted(server: FakeApiServe
     assert found["pod"].ok is False
     assert f"{reason}: because" in found["pod"].detail
     assert server.find("Pod") == []
+
+
+@pytest.mark.parametrize(("phase", "ok"), [("Failed", False), ("Succeeded", None)])
+def test_pod__whose_log_cannot_be_read_is_a_row_among_the_others(
+    server: FakeApiServer, phase: str, ok: bool | None
+) -> None:
+    def act(name: str) -> None:
+        server.fail(500, count=100, verb="get", resource="pods/log", message="no kubelet")
+        server.set_status("Pod", name, {"phase": phase, "reason": "Evicted", "message": "low on memory"})
+
+    thread = kubelet(server, act)
+    found = rows(pod=True)
+    thread.join()
+    assert found["pod"].ok is ok
+    assert f"it {phase.lower()} (Evicted: low on memory), and its log cannot be read" in found["pod"].detail
+    assert "500 no kubelet" in found["pod"].detail
+    assert found["nodes"].ok is True
+    assert server.find("Pod") == []
+
+
+def test_pod__of_a_server_that_falls_silent_is_a_row_among_the_others(
+    server: FakeApiServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_BUDGET_SECONDS", 0.5)
+    thread = kubelet(server, lambda name: server.fail(503, count=1000, message="down"))
+    found = rows(pod=True)
+    thread.join()
+    assert found["pod"].ok is False
+    assert "503 down" in found["pod"].detail
+    assert "within 360 s" in found["pod"].remedy
+    assert found["nodes"].ok is True
 
 
 # -- the command -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import threading
@@ -16,7 +17,14 @@ import yaml
 from hjepa.adapters.cluster import pytorchjob, trainjob
 from hjepa.adapters.cluster.client import PODS, AccessError, Api, ApiError, Cluster
 from tests.fake_apiserver import ApiError as Refused
-from tests.fake_apiserver import FakeApiServer, json_patch, matches_labels, merge_patch, without_dropped
+from tests.fake_apiserver import (
+    FakeApiServer,
+    json_patch,
+    matches_labels,
+    merge_patch,
+    strategic_patch,
+    without_dropped,
+)
 from tests.test_launcher import make_spec
 
 CONFIGMAPS = Api("", "v1", "configmaps")
@@ -198,6 +206,39 @@ def test_patches() -> None:
     assert without_dropped({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 2}, {"a": 1}) == {"a": 1, "c": 3}
 
 
+def test_strategic_patch__merges_lists_by_what_tells_their_items_apart() -> None:
+    mounts = [{"name": "tmp", "mountPath": "/tmp"}, {"name": "tmp", "mountPath": "/var", "readOnly": True}]
+    pod = {
+        "containers": [{"name": "main", "image": "a:1", "volumeMounts": mounts, "args": ["x", "y"]}, {"name": "other"}],
+        "volumes": [{"name": "tmp", "emptyDir": {}}],
+        "tolerations": [{"key": "a"}],
+    }
+    main = {
+        "name": "main",
+        "image": "a:2",
+        "args": ["z"],
+        "$setElementOrder/volumeMounts": [{"mountPath": "/var"}, {"mountPath": "/new"}],
+        "volumeMounts": [
+            {"$patch": "delete", "mountPath": "/tmp"},
+            {"mountPath": "/var", "readOnly": None},
+            {"name": "tmp", "mountPath": "/new"},
+        ],
+    }
+    patch = {
+        "containers": [main, {"$patch": "delete", "name": "other"}],
+        "volumes": [{"$retainKeys": ["name", "configMap"], "name": "tmp", "configMap": {"name": "c"}}],
+        "tolerations": [{"key": "b"}],
+    }
+    mounts = [{"name": "tmp", "mountPath": "/var"}, {"name": "tmp", "mountPath": "/new"}]
+    assert strategic_patch(pod, patch) == {
+        "containers": [{"name": "main", "image": "a:2", "args": ["z"], "volumeMounts": mounts}],
+        "volumes": [{"name": "tmp", "configMap": {"name": "c"}}],
+        "tolerations": [{"key": "b"}],
+    }
+    replaced = strategic_patch(pod, {"volumes": [{"$patch": "replace"}, {"name": "new"}]})
+    assert replaced["volumes"] == [{"name": "new"}]
+
+
 def test_rbac__is_that_of_the_stored_roles(
     server: FakeApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,15 +265,52 @@ def test_rbac__is_that_of_the_stored_roles(
     assert {("list", "", "pods"), ("create", "", "configmaps")} == server.permissions_used()
 
 
+def call_kubectl(kubeconfig: Path, *arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": os.environ["PATH"], "HOME": str(kubeconfig.parent), "KUBECONFIG": str(kubeconfig)}
+    command = ["kubectl", *arguments]
+    return subprocess.run(command, input=given, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_kubectl__changes_a_mount_uses_short_names_and_is_told_of_protobuf(
+    server: FakeApiServer, tmp_path: Path
+) -> None:
+    kubectl = functools.partial(call_kubectl, server.write_kubeconfig(tmp_path / "kubeconfig"))
+    main = {"name": "main", "image": "a:1", "volumeMounts": [{"name": "v", "mountPath": "/a"}]}
+    template = {
+        "metadata": {"labels": {"a": "b"}},
+        "spec": {"containers": [main], "volumes": [{"name": "v", "emptyDir": {}}]},
+    }
+    deployment: dict[str, Any] = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": "d"},
+        "spec": {"selector": {"matchLabels": {"a": "b"}}, "template": template},
+    }
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "j"}, "spec": {"template": template}}
+    assert kubectl("apply", "-f", "-", given=yaml.safe_dump_all([deployment, job])).stdout.count("created") == 2
+    main["volumeMounts"] = [{"name": "v", "mountPath": "/b"}]
+    changed = kubectl("apply", "-f", "-", given=yaml.safe_dump(deployment))
+    assert "deployment.apps/d configured" in changed.stdout, changed.stderr
+    stored = server.get("Deployment", "d")
+    assert stored is not None
+    (container,) = stored["spec"]["template"]["spec"]["containers"]
+    assert container["volumeMounts"] == [{"name": "v", "mountPath": "/b"}]
+    refused = kubectl("apply", "-f", "-", given=yaml.safe_dump(job))
+    assert "spec.template: Invalid value: field is immutable" in refused.stderr
+    assert "deployment.apps/d" in kubectl("get", "deploy,cm", "-o", "name").stdout
+    created = kubectl("create", "secret", "generic", "s", "--from-literal=a=b")
+    assert created.returncode == 1
+    assert "protobuf" in created.stderr
+    assert "--dry-run=client -o yaml" in created.stderr
+    deleted = kubectl("delete", "ns", "training", "--timeout=20s")
+    assert 'namespace "training" deleted' in deleted.stdout, deleted.stderr
+
+
 @pytest.mark.parametrize("how", [[], ["--server-side"]])
 def test_kubectl__applies_waits_and_deletes(server: FakeApiServer, tmp_path: Path, how: list[str]) -> None:
     kubeconfig = server.write_kubeconfig(tmp_path / "kubeconfig")
 
-    def kubectl(*arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
-        environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "KUBECONFIG": str(kubeconfig)}
-        command = ["kubectl", *arguments]
-        return subprocess.run(command, input=given, env=environment, capture_output=True, text=True, check=False)
-
+    kubectl = functools.partial(call_kubectl, kubeconfig)
     manifests = yaml.safe_dump_all([*pytorchjob.render(make_spec()), *trainjob.render(make_spec())])
     for expected in ("created", "unchanged") if not how else ("serverside-applied",) * 2:
         applied = kubectl("apply", *how, "-f", "-", given=manifests)

@@ -228,11 +228,16 @@ def test_watch__survives_drops_and_410(server: FakeApiServer) -> None:
     assert 8 <= len(watches) < 60  # it comes back, and not in a frenzy
 
 
-def test_errors__429_and_5xx_are_waited_out(server: FakeApiServer) -> None:
-    for status in (429, 500, 503, 0):
+@pytest.mark.parametrize("status", [429, 500, 503, 0])
+def test_errors__429_and_5xx_are_waited_out(server: FakeApiServer, status: int) -> None:
+    """Before the job is there, and while it is followed."""
+    with JobController(server, lambda index, attempt: Life(seconds=0.5)) as controller:
         server.fail(status, count=3, retry_after=1 if status == 429 else None)
-    with JobController(server):
-        assert launch("trainjob") == {"step": 7}
+        join = in_background(lambda: launch("trainjob"))
+        server.wait_for(lambda: len(controller.pods_made) == 2)
+        server.fail(status, count=3, retry_after=1 if status == 429 else None)
+        assert join() == {"step": 7}
+    assert server._faults == []
 
 
 @pytest.mark.parametrize("when", ["before", "while it runs"])

@@ -36,7 +36,7 @@ logging: {{experiment_name: nodes, log_dir: logs}}
 storage: {{uri: "{storage}"}}
 tracking: {{registered_model: nodes}}
 cluster: {{backend: {backend}, nodes: 2, gpus_per_node: 0, cpu: "1", memory: 2Gi, shm: 1Gi, grace_seconds: 20,
-          cleanup: keep}}
+          cleanup: keep, env: {{AWS_ENDPOINT_URL: "{s3}", MLFLOW_TRACKING_URI: "{mlflow}"}}}}
 """
 
 
@@ -63,7 +63,9 @@ def prepare(folder: Path, backend: str, epochs: int) -> str:
             pixels = rng.integers(0, 256, (36, 36, 3), dtype=np.uint8)
             Image.fromarray(pixels // (1 + (label == "b"))).save(folder / "images" / label / f"{i}.png")
     storage = f"s3://{BUCKET}/nodes/{uuid.uuid4().hex}"
-    text = CONFIG.format(images=folder / "images", storage=storage, epochs=epochs, backend=backend)
+    # The pods of this test are processes of this machine: its loopback addresses are theirs.
+    servers = {"s3": os.environ["AWS_ENDPOINT_URL"], "mlflow": os.environ["MLFLOW_TRACKING_URI"]}
+    text = CONFIG.format(images=folder / "images", storage=storage, epochs=epochs, backend=backend, **servers)
     resolved = str(folder / "resolved.json")
     steps.resolve_config(
         config=text, overrides=[], settings={}, profile="", run="far", job="kfp-1", resolved_path=resolved

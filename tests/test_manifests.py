@@ -124,7 +124,7 @@ def test_job__comes_out_of_kustomize_unchanged_and_finds_the_run_that_prepare_da
         assert built == wanted
     train = next(pod for pod in pod_templates([item for item in objects if item["kind"] != "Job"]))
     assert train["spec"]["containers"][0]["args"] == ["train", "--run-uri", f"s3://hjepa/runs/{config['run']}"]
-    (prepare,) = pod_templates(one(objects, "Job"))
+    (prepare,) = pod_templates(one(objects, "Job", f"hjepa-prepare-data-{config['run']}"))
     main = prepare["spec"]["containers"][0]
     assert main["args"] == ["prepare-data", "--config", "/etc/hjepa/config.yaml", "--run", "$(HJEPA_RUN)"]
     assert {"name": "config", "mountPath": "/etc/hjepa", "readOnly": True} in main["volumeMounts"]
@@ -514,19 +514,28 @@ def launch_once(server: FakeApiServer, backend: str) -> None:
 def test_launcher__has_the_rights_that_it_uses_and_no_other(
     profile: FakeApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a pipeline's pod: over a runtime that somebody left, a job that had failed, and to the end of a new one."""
+    """In a pipeline's pod: over a runtime that somebody left, a job that had failed, and with another run's job."""
     stale = launcher.BACKENDS["trainjob"].module.render(small_job(nodes=3))[0]
     owner = Owner("argoproj.io/v1alpha1", "Workflow", "run", profile.get("Workflow", "run", PROFILE)["metadata"]["uid"])
+    other = replace(owner, name="other", uid="the-uid-of-another-run")
     (failed,) = launcher.BACKENDS["pytorchjob"].module.render(replace(small_job(), owner=owner))
-    profile.create(stale, PROFILE)
-    profile.create(failed, PROFILE)
-    profile.set_status("PyTorchJob", "hjepa-rights", ended("PyTorchJob", well=False), PROFILE)
     log_in(profile, "default-editor", tmp_path, monkeypatch)
     used = set()
     for backend in ("trainjob", "pytorchjob"):
+        module = launcher.BACKENDS[backend].module
+        if backend == "trainjob":
+            profile.create(stale, PROFILE)
+        else:
+            profile.create(failed, PROFILE)
+            profile.set_status("PyTorchJob", "hjepa-rights", ended("PyTorchJob", well=False), PROFILE)
         profile.requests.clear()
         launch_once(profile, backend)
+        for manifest in module.render(replace(small_job(), owner=other)):
+            profile.create(manifest, PROFILE)
+        profile.set_status(module.KIND, "hjepa-rights", ended(module.KIND, well=True), PROFILE)
+        launcher.launch(small_job(), backend=backend, result=lambda: {"step": 1}, pace=PACE)
         used |= profile.permissions_used()
+        assert profile.find(module.KIND, PROFILE) == []  # of two kinds by one name the second is refused
     assert used == rights(one(build("kubeflow-profile"), "Role", "hjepa-launcher"))
 
 
@@ -637,7 +646,8 @@ def test_readme__commands_do_what_they_say(tmp_path: Path) -> None:
         for command in commands:
             if " wait " in command:
                 done = {"conditions": [{"type": "Complete", "status": "True"}]}
-                server.set_status("Job", "hjepa-prepare-data", done, "hjepa")
+                (waited,) = re.findall(r" job/(\S+)", command)
+                server.set_status("Job", waited, done, "hjepa")
             if " create secret " in command:  # kubectl would send protobuf, which the server of the tests does not read
                 command += " --dry-run=client -o yaml | kubectl apply -f -"
             answer = subprocess.run(
@@ -657,6 +667,20 @@ def test_readme__commands_do_what_they_say(tmp_path: Path) -> None:
             "Service",
             "NetworkPolicy",
         }
+
+
+def test_prepare_data__every_overlay_in_a_namespace_prepares_its_own_run(tmp_path: Path) -> None:
+    with FakeApiServer(namespaces=("hjepa",)) as server:
+        kubeconfig = str(server.write_kubeconfig(tmp_path / "kubeconfig", namespace="hjepa"))
+        for name in ("gpu-multinode-v2", "cpu-smoke-v2", "cpu-smoke"):
+            kubectl("apply", "-k", str(MANIFESTS / "overlays" / name), kubeconfig=kubeconfig)
+        jobs = {job["metadata"]["name"] for job in server.find("Job", "hjepa")}
+    assert jobs == {f"hjepa-prepare-data-{run}" for run in ("gpu-multinode-v2", "cpu-smoke-v2", "cpu-smoke")}
+
+
+def test_images_pvc__finds_the_job_of_an_overlay_that_extends_another(tmp_path: Path) -> None:
+    (prepare,) = pod_templates(one(with_component("cpu-smoke", "images-pvc", tmp_path), "Job"))
+    assert "hjepa-images" in [v.get("persistentVolumeClaim", {}).get("claimName") for v in prepare["spec"]["volumes"]]
 
 
 def test_namespace__enforces_restricted() -> None:

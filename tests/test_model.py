@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -277,6 +278,12 @@ def test_compile_blocks__makes_one_graph_per_kind_of_call_and_changes_no_name(mo
     assert list(model.state_dict()) == names
     for a, b in zip(out.predictions, expected.predictions, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 32, 32), (2, 3, 28, 28), (3, 32, 32)])
+def test_encoder__says_which_images_it_takes(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"expected (B, 3, 32, 32), got {shape}. embed_images")):
+        build_encoder(tiny())(torch.zeros(shape))
 
 
 def test_encoder__levels_are_cells_of_their_grid_and_all_holds_the_mean_once() -> None:

@@ -17,12 +17,13 @@ from kfp import components
 from kfp.kubernetes import kubernetes_executor_config_pb2
 from kfp.pipeline_spec import pipeline_spec_pb2
 
-from hjepa import steps
+from hjepa import entrypoint, steps
 from hjepa.adapters import pipeline_spec
 from hjepa.adapters.cluster.spec import train_image
 from hjepa.adapters.pipeline_spec import CompiledPipeline
-from hjepa.config import Config, load_config
+from hjepa.config import ClusterConfig, Config, load_config
 from hjepa.errors import UserError
+from pipelines.placement import OF_TASKS, Placement
 
 ROOT = Path(__file__).parents[1]
 ALL_COMPILED = sorted((ROOT / "pipelines" / "compiled").glob("*.yaml"))
@@ -213,6 +214,63 @@ def test_images_claim__is_mounted_where_the_source_is_read_and_nowhere_else(tmp_
     (mount,) = mounts.pop("prepare-data")
     assert (mount["constant"], mount["mountPath"]) == ("hjepa-images", "/data")
     assert set(mounts.values()) == {None}
+
+
+@pytest.mark.parametrize("name", ["Bad Name!", "-a", "a.", "a..b", "x" * 254])
+def test_images_claim__that_can_be_none_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="expected the name of a PersistentVolumeClaim"):
+        Placement(images_claim=name)
+    assert Placement(images_claim="team.images-1").images_claim == "team.images-1"
+
+
+JOB_PROFILE = """
+cluster:
+  image: registry.example.com/mine:3
+  processes_per_node: 2
+  queue: gpus
+  nodes: 1
+  namespace: team
+  grace_seconds: 60
+  scratch: 5Gi
+  priority_class: high
+"""
+
+
+def test_profile__reaches_the_training_task_or_is_said_to_be_without_effect(tmp_path: Path) -> None:
+    profile, output = tmp_path / "profile.yaml", tmp_path / "out.yaml"
+    profile.write_text(JOB_PROFILE, "utf-8")
+    done = compile_with(profile, output)
+    assert done.returncode == 0, done.stderr
+    pipeline = pipeline_spec.load(output)
+    container = executors(pipeline)["exec-train"]["container"]
+    assert container["image"] == "registry.example.com/mine:3"
+    assert container["env"] == [{"name": entrypoint.PROCESSES, "value": "2"}]
+    labels = kubernetes(pipeline)["exec-train"]["podMetadata"]["labels"]
+    assert labels["kueue.x-k8s.io/queue-name"] == "gpus"
+    others = [item["container"]["image"] for name, item in executors(pipeline).items() if name != "exec-train"]
+    assert not [image for image in others if image == "registry.example.com/mine:3"]
+    (note,) = [line for line in done.stderr.splitlines() if line.startswith("note:")]
+    silent = ["cluster.grace_seconds", "cluster.namespace", "cluster.priority_class", "cluster.scratch"]
+    assert note.endswith(": " + ", ".join(silent))
+    distributed = compile_with(profile, output, "--pipeline", "pretrain-distributed")
+    assert (distributed.returncode, "note:" in distributed.stderr) == (0, False)
+
+
+def test_profile__every_key_is_said_to_act_or_not() -> None:
+    guide = (ROOT / "docs" / "CLUSTER.md").read_text("utf-8")
+    keys = set(ClusterConfig.model_fields)
+    assert keys >= OF_TASKS
+    named = guide.partition("`pretrain` starts no training job")[2].partition("\n\n")[0]
+    acting, _, silent = named.partition("KFP has no word")
+    assert {key for key in keys if f"`{key}`" in acting} == OF_TASKS
+    timeouts = {key for key in keys if key.endswith("_timeout_seconds")}
+    assert {key for key in keys if f"`{key}`" in silent} | timeouts == keys - OF_TASKS
+
+
+def test_profile__of_a_logged_run_takes_its_key_from_the_secret(pretrain: CompiledPipeline) -> None:
+    secrets = kubernetes(pretrain)["exec-train"]["secretAsEnv"]
+    (found,) = [item for item in secrets if item["keyToEnv"][0]["envVar"] == "WANDB_API_KEY"]
+    assert (found["secretName"], found["optional"]) == ("hjepa-mlflow", True)
 
 
 @pytest.mark.parametrize(

@@ -308,6 +308,17 @@ def test_plan__refuses_masks_that_hide_the_middle_from_every_context(tmp_path: P
 # -- the whole -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("ranks", [0, -2])
+def test_plan__of_no_rank_is_refused(ranks: int) -> None:
+    with pytest.raises(UserError, match=f"the number of ranks must be at least 1, got {ranks}"):
+        plan(load_config(TINY), world_size=ranks)
+
+
+def test_plan__of_an_unknown_data_set_is_refused_and_the_near_one_named() -> None:
+    with pytest.raises(UserError, match=r"data\.name=CIFAR11: no such data set\. Did you mean CIFAR10"):
+        plan(load_config(TINY, ["data.name=CIFAR11"]))
+
+
 def test_plan__is_the_same_twice_and_says_it_all(tmp_path: Path) -> None:
     config = load_config("demo")
     found = plan(config, picture=tmp_path / "plan.png")

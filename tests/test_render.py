@@ -98,6 +98,13 @@ def test_secrets__as_plain_variables_are_refused(backend: Any, name: str) -> Non
 
 
 @both
+@pytest.mark.parametrize("name", ["WANDB_API_KEY", "HF_TOKEN"])
+def test_secrets__of_other_services_are_refused_too(backend: Any, name: str) -> None:
+    with pytest.raises(UserError, match=name):
+        backend.render(spec(env={name: "x"}))
+
+
+@both
 def test_rendezvous__variables_of_the_user_are_refused(backend: Any) -> None:
     with pytest.raises(UserError, match=r"PET_NNODES(?s:.)*cluster\.nodes"):
         backend.render(spec(env={"PET_NNODES": "3"}))
@@ -294,6 +301,13 @@ def test_total_timeout__is_a_backstop_in_the_job_itself(backend: Any) -> None:
     assert "activeDeadlineSeconds" not in str(backend.render(spec()))
     job = backend.render(spec(total_timeout_seconds=3600.0))[-1]["spec"]
     assert job.get("runPolicy", job)["activeDeadlineSeconds"] == 3600
+
+
+@both
+@pytest.mark.parametrize(("seconds", "limit"), [(0.2, 1), (1.0, 1), (59.4, 60)])
+def test_total_timeout__is_never_shorter_than_asked_for(backend: Any, seconds: float, limit: int) -> None:
+    job = backend.render(spec(total_timeout_seconds=seconds))[-1]["spec"]
+    assert job.get("runPolicy", job)["activeDeadlineSeconds"] == limit
 
 
 def test_trainjob__restarts_all_nodes_together_and_stops_at_a_failure_that_would_come_again() -> None:

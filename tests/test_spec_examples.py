@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -578,3 +579,12 @@ def test_example_script__trains_and_goes_on_where_it_was(images: Path, folder: P
     second = example(images, folder)
     assert f"at step {STEPS} of {STEPS}" in second
     assert first.splitlines()[-1] == second.splitlines()[-1]
+
+
+def test_example_script__its_two_commands_do_not_share_a_folder(folder: Path) -> None:
+    """Another image set is another experiment: going on from its checkpoints would be refused."""
+    script = runpy.run_path(str(ROOT / "examples/training_example.py"))
+    read = script["read_arguments"]
+    assert read([]).results == Path("results/example")
+    assert read(["--images", "my/folder/"]).results == Path("results/example-folder")
+    assert read(["--images", ".", "--results", "here"]).results == Path("here")

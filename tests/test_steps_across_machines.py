@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import subprocess
 import sys
@@ -61,6 +62,11 @@ def hjepa(machine: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     machine.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "hjepa.cli", *arguments, "--home", str(machine / "home")]
     return subprocess.run(command, cwd=machine, capture_output=True, text=True, check=False, timeout=240)
+
+
+def inside() -> list[str]:
+    """Settings that say outright: the pods of these tests are processes here, so servers of this machine are theirs."""
+    return [f"cluster.env.{name}={os.environ[name]}" for name in ("AWS_ENDPOINT_URL", "MLFLOW_TRACKING_URI")]
 
 
 def done(result: subprocess.CompletedProcess[str]) -> str:
@@ -148,6 +154,18 @@ def test_profile__settings_are_those_of_its_section() -> None:
     assert config.cluster.node_selector == {"gpu": "true"}
     assert [(item.key, item.value) for item in config.cluster.tolerations] == [("a", "b")]
     assert sha256_json(load_config().model_dump(mode="json", exclude={"cluster"})) == config.digest
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("cluster: {image: 2024-01-01}", "image", "2024-01-01"),
+        ("cluster: {env: {DAY: 2024-01-01}}", "env", {"DAY": "2024-01-01"}),
+    ],
+)
+def test_profile__a_date_is_a_text_as_it_is_in_a_configuration(text: str, key: str, value: Any) -> None:
+    for config in (load_config("default", steps.profile_settings(text)), load_config(text)):
+        assert getattr(config.cluster, key) == value
 
 
 @pytest.mark.parametrize("text", ["training: {epochs: 1}\n", "- a\n", "cluster: 3\n", "cluster: [\n"])
@@ -241,7 +259,7 @@ def test_report__stops_the_job_that_a_killed_launcher_left(
     failed_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = steps.Run.read(tmp_path / "resolved.json")
-    spec = steps.training_job(run)
+    spec = steps.training_job(run, inside())
     with FakeApiServer() as server:
         monkeypatch.setenv("KUBECONFIG", str(server.write_kubeconfig(tmp_path / "kubeconfig")))
         server.create(pytorchjob.render(spec)[0])
@@ -256,6 +274,29 @@ def test_report__stops_the_job_that_a_killed_launcher_left(
         assert len(server.find("PyTorchJob")) == 1
         # And a cluster that does not answer does not take the cause away.
     assert "cannot read the dataset manifest" in report(failed_run, tmp_path)
+
+
+def test_report__without_s3_still_stops_the_job_and_passes_on_what_kfp_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    gone = ["storage.endpoint_url=http://127.0.0.1:9", "cluster.namespace=training"]
+    where = {"config": "demo", "overrides": gone, "settings": {}, "profile": "", "run": "far", "job": "kfp-1"}
+    job = steps.training_job(steps.Run("far", load_config("demo", ["cluster.backend=local"]), "", ""))
+    with FakeApiServer() as server:
+        monkeypatch.setenv("KUBECONFIG", str(server.write_kubeconfig(tmp_path / "kubeconfig")))
+        server.create(pytorchjob.render(job)[0])
+        text = report(where, tmp_path)
+        assert server.find("PyTorchJob") == []
+    assert text.startswith("run far: failed: S3 cannot be asked: ")
+    assert "127.0.0.1:9" in text
+    assert text.endswith("KFP says: Task exit-handler-1 failed.\n")
+
+
+def test_report__names_a_run_that_can_have_no_such_name(tmp_path: Path) -> None:
+    where = {"config": "demo", "overrides": [], "settings": {}, "profile": "", "run": "a/b", "job": "kfp-1"}
+    assert "failed in resolve_config: run a/b: expected lower-case" in report(where, tmp_path)
 
 
 def test_resolve_config__takes_the_mlflow_run_of_the_platform_and_links_to_the_kfp_run(
@@ -286,7 +327,7 @@ def test_resolve_config__takes_the_mlflow_run_of_the_platform_and_links_to_the_k
     assert (run.config.cluster.nodes, run.config.cluster.gpus_per_node) == (4, 8)
     assert run.config.tracking.champion_margin == 0.02
     # The job's pods get the same run, and may be told another address of the same server.
-    assert steps.training_job(run).env["MLFLOW_RUN_ID"] == given
+    assert steps.training_job(run, inside()).env["MLFLOW_RUN_ID"] == given
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.inside:5000")
     assert steps.Run.read(tmp_path / "resolved.json").tracking_uri == "http://mlflow.inside:5000"
 
@@ -303,6 +344,7 @@ def test_job_submit__two_nodes_train_behind_an_api_server_and_their_checkpoint_c
     pods = tmp_path / "pods"
     pods.mkdir()
     settings = ["cluster.nodes=2", "cluster.gpus_per_node=0", f"cluster.env={{HJEPA_HOME: {pods}/home}}"]
+    settings += inside()
     run = ["--config", str(config), "--run", "far", *(part for item in settings for part in ("--set", item))]
     done(hjepa(machine, "prepare-data", *run))
     keys = {key: stack_environment[key] for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}

@@ -18,6 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
+from hjepa.config import load_config
+from hjepa.errors import UserError
+from hjepa.training import train_alone
 from hjepa.utils.checkpoint import LATEST, read_checkpoint
 
 CONFIG = """
@@ -105,6 +108,7 @@ def test_train__alone_needs_no_server_and_says_where_everything_is(images: Path,
     folder = tmp_path / "run"
     config = configure(folder, images)
     done = finish(config, "--set", "training.epochs=3")
+    assert "1 rank, 1 thread: 16 steps of 12 images, 2 levels" in done.stdout
     assert "done: step 16, 192 images seen" in done.stdout
     assert {path.name for path in folder.iterdir()} == {"config.yaml", "cache", "checkpoints", "logs"}
     content = read_checkpoint(folder / "checkpoints" / LATEST)
@@ -125,6 +129,13 @@ def test_train__a_missing_checkpoint_and_a_missing_gpu_are_users_mistakes(images
         assert done.returncode == 2
         assert done.stderr.splitlines()[-1].startswith("error: ")
         assert "Traceback" not in done.stderr
+
+
+def test_train__a_missing_checkpoint_is_said_before_any_image_is_prepared(images: Path, tmp_path: Path) -> None:
+    settings = load_config(str(configure(tmp_path / "run", images)))
+    with pytest.raises(UserError, match=r"--resume .*none\.pth: there is no such file"):
+        train_alone(settings, resume=tmp_path / "none.pth")
+    assert not (tmp_path / "run" / "cache").exists()
 
 
 def test_sigterm__saves_the_state_exits_with_143_and_the_same_command_goes_on(images: Path, tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a closed terminal; nohup ignores it
         signal.signal(signal.SIGHUP, _terminate)
     try:
+        _check_run_uri(options)
         return int(options.command(options) or 0)
     except (HjepaError, OSError) as problem:
         from hjepa.steps import as_hjepa_error, report_error
@@ -186,11 +187,39 @@ def _add_config(command: argparse.ArgumentParser) -> None:
 def _add_settings(command: argparse.ArgumentParser) -> None:
     command.add_argument("--profile", metavar="FILE", help="a cluster's profile: YAML with a section cluster alone")
     command.add_argument(
-        "--config", default="default", help=f"a file, or one of: {', '.join(packaged_configs())} (default: %(default)s)"
+        "--config",
+        action=_Given,
+        default="default",
+        help=f"a file, or one of: {', '.join(packaged_configs())} (default: %(default)s)",
     )
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override, such as training.lr=3e-4; repeatable"
     )
+
+
+class _Given(argparse.Action):
+    """Notes that the option was given, which its default does not tell."""
+
+    def __call__(self, parser: Any, options: argparse.Namespace, value: Any, name: str | None = None) -> None:
+        setattr(options, self.dest, value)
+        setattr(options, f"{self.dest}_given", True)
+
+
+def _check_run_uri(options: argparse.Namespace) -> None:
+    """Refuse what a run that is resolved already would ignore; its job alone takes other settings, of ``cluster``."""
+    if not getattr(options, "run_uri", None):
+        return
+    of_job = "backend" in options
+    given = ["--config"] if "config_given" in options else []
+    given += ["--run"] if options.run_name else []
+    given += ["--profile"] if options.profile and not of_job else []
+    given += [f"--set {item}" for item in options.set if not (of_job and item.strip().startswith("cluster."))]
+    if given:
+        left = "; of its settings a job takes others of the section cluster alone" if of_job else ""
+        raise UserError(
+            f"{', '.join(given)} beside --run-uri: the run is resolved already, with its name and its settings{left}. "
+            "Leave it out, or name the run by --config and --run instead of --run-uri"
+        )
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:
@@ -315,13 +344,10 @@ def _variables(stack: Any, config: Config) -> dict[str, str]:
 
 def run_name(options: argparse.Namespace, config: Config) -> str:
     """The name given, or one that the same configuration and the same code always get."""
+    from hjepa.steps import check_run_name, code_version
+
     if options.run_name:
-        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,62}", options.run_name):
-            raise UserError(
-                f"--run {options.run_name}: expected lower-case letters, digits, '.', '_' and '-', at most 63 of them"
-            )
-        return str(options.run_name)
-    from hjepa.steps import code_version
+        return check_run_name(options.run_name, "--run ")
 
     stem = re.sub(r"[^a-z0-9]+", "-", Path(options.config).stem.lower()).strip("-") or "run"
     return f"{stem[:40]}-{sha256_json([config.digest, code_version()])[:8]}"
@@ -549,6 +575,8 @@ def doctor(options: argparse.Namespace) -> int:
     config = _config(options)
     if options.cluster:
         return _doctor_of_cluster(config, options)
+    if given := [f"--{name}" for name in ("pod", "endpoint") if getattr(options, name)]:
+        raise UserError(f"{' and '.join(given)}: this is a look at a cluster; add --cluster")
     _use_servers(options, config)
     embedded = config.storage.endpoint_url is None and "AWS_ENDPOINT_URL" not in os.environ
     alone = {"masks": False, "source": False, "trains_here": False} if options.servers else {}
@@ -658,7 +686,10 @@ def _compile(output: Sequence[str], options: argparse.Namespace) -> None:
         load_config("default", profile_settings(str(options.profile)))  # its mistakes, without a traceback
     claim = ["--images-claim", options.images_claim] if options.images_claim else []
     command = [sys.executable, "-m", "pipelines.pretrain", *output, "--pipeline", options.pipeline, *profile, *claim]
-    done = subprocess.run(command, cwd=root, check=False)
+    done = subprocess.run(command, cwd=root, check=False, stderr=subprocess.PIPE, text=True)
+    if done.returncode == UserError.exit_code:
+        raise UserError(done.stderr.partition("error: ")[2].strip())
+    print(done.stderr, end="", file=sys.stderr, flush=True)
     if done.returncode:
         raise HjepaError(f"the pipeline did not compile (exit code {done.returncode})")
 
@@ -713,6 +744,7 @@ def pipeline_run(options: argparse.Namespace) -> None:
 def _arguments(options: argparse.Namespace, path: Path) -> dict[str, Any]:
     """The pipeline's parameters, checked as far as this machine can: what is wrong is found here, not in a pod."""
     from hjepa.adapters import pipeline_spec
+    from hjepa.steps import check_run_name, profile_settings
 
     compiled = pipeline_spec.load(path)
     types = {name: item["parameterType"] for name, item in compiled.parameters.items()}
@@ -726,11 +758,15 @@ def _arguments(options: argparse.Namespace, path: Path) -> dict[str, Any]:
         except (yaml.YAMLError, ValueError):
             raise UserError(f"{text!r}: {value!r} is not a YAML value") from None
     compiled.check_arguments(arguments)
+    if arguments.get("run"):  # an empty one takes the id of the KFP run
+        check_run_name(arguments["run"], "run=")
     numbers = {"gpus": "cluster.gpus_per_node", "nodes": "cluster.nodes", "backend": "cluster.backend"}
     numbers |= {"champion_margin": "tracking.champion_margin"}
     plain = [f"{key}={arguments[name]}" for name, key in numbers.items() if arguments.get(name)]
-    if "config" in arguments or plain:
-        load_config(arguments.get("config", "default"), [*arguments.get("overrides", []), *plain])
+    profile = profile_settings(arguments["profile"]) if arguments.get("profile") else []
+    overrides = [*profile, *arguments.get("overrides", []), *plain]
+    if "config" in arguments or overrides:
+        load_config(arguments.get("config", "default"), overrides)
     if "config" in arguments:
         arguments["config"] = _portable(arguments["config"])
     return arguments

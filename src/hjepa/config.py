@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from hjepa.errors import UserError
 
@@ -190,6 +190,30 @@ class TrackingConfig(Section):
 Quantity = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$")]  # as Kubernetes writes amounts
 
 
+_CREDENTIAL = re.compile(
+    r"AWS_ACCESS_KEY_ID|MLFLOW_TRACKING_USERNAME|(.*_)?(TOKEN|PASSWORD|API_KEY)|(.*_)?SECRET(_.*)?", re.IGNORECASE
+)
+
+
+def misplaced_variables(names: Iterable[str]) -> list[str]:
+    """What is wrong with plain variables of a training pod, by their names alone; a value is never told."""
+    names = sorted(names)
+    secret = [name for name in names if _CREDENTIAL.fullmatch(name)]
+    taken = [name for name in names if name.startswith("PET_")]
+    found = []
+    if secret:
+        found.append(
+            f"the job's variables hold {', '.join(secret)}: a manifest is readable by everybody in the namespace. "
+            "Put them into the Secret that cluster.s3_secret or cluster.mlflow_secret names"
+        )
+    if taken:
+        found.append(
+            f"the job's variables hold {', '.join(taken)}, which start torchrun and are set by hjepa and the operator; "
+            "use cluster.nodes, cluster.processes_per_node, cluster.max_restarts and cluster.grace_seconds"
+        )
+    return found
+
+
 class Toleration(Section):
     key: str
     operator: Literal["Exists", "Equal"] = "Exists"
@@ -230,6 +254,14 @@ class ClusterConfig(Section):
     total_timeout_seconds: Positive | None = None  # without the time in the queue; null: none
     cleanup: Literal["keep", "delete-on-success", "delete-always"] = "delete-on-success"
     on_sigterm: Literal["auto", "stop", "leave"] = "auto"  # auto: stop the job if the pipeline run was cancelled
+
+    @field_validator("env")
+    @classmethod
+    def _public(cls, env: dict[str, str]) -> dict[str, str]:
+        """Here, not where a job is written: pipelines carry these variables, and stored runs keep them."""
+        if found := misplaced_variables(env):
+            raise ValueError("; ".join(found))
+        return env
 
 
 class Config(Section):
@@ -286,6 +318,10 @@ _Loader.add_implicit_resolver(
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
     for (key_node, _), key in zip(node.value, keys, strict=True):
+        if not isinstance(key, (str, int, float, type(None))):  # such as a date, which no JSON has for a key
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {key!s} is no text; write it in quotes", key_node.start_mark
+            )
         if keys.count(key) > 1:
             raise yaml.constructor.ConstructorError(
                 None, None, f"key {key!r} is written {keys.count(key)} times", key_node.start_mark
@@ -588,6 +624,8 @@ def _explain(tree: dict[str, Any], item: Any) -> str:
         return f"{dotted}: unknown key.{hint} Known here: {', '.join(known)}."
     context = item.get("ctx", {})
     kind = item["type"]
+    if kind == "value_error":
+        return f"{dotted}: {context['error']}."
     if kind == "literal_error":
         options = re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]]
         return f"{dotted}: got {got}, expected one of {', '.join(options)}.{_suggest(str(item['input']), options)}"

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from hjepa import distributed
 from hjepa.config import Config
+from hjepa.data.datasets import require_known
 from hjepa.data.fashion_mnist import SAMPLES
 from hjepa.errors import HjepaError, UserError
 from hjepa.masks import Masks, MultiBlockMasking
@@ -585,8 +586,11 @@ def plan(config: Config, *, num_samples: int | None = None, world_size: int = 1,
         picture: Where to draw schedules and masks as a PNG; drawn before a mask is refused.
 
     Raises:
-        UserError: the masks never visit some patch, or the batch does not divide over the ranks.
+        UserError: no such data set, the masks never visit some patch, or the batch does not divide over the ranks.
     """
+    if world_size < 1:
+        raise UserError(f"the number of ranks must be at least 1, got {world_size}")
+    require_known(config.data.name)
     curves = curves_of(config, num_samples)
     parameters = count_parameters(config)
 

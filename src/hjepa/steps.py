@@ -274,6 +274,23 @@ def fetch_manifests(store: S3Store, run: str, files: Mapping[str, str]) -> list[
     return found
 
 
+def check_run_name(name: str, given: str = "run ") -> str:
+    """``name``, which becomes part of S3 keys, folders and labels.
+
+    Args:
+        given: What the user wrote before it, for the message.
+
+    Raises:
+        UserError: it is no such name.
+    """
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,62}", name):
+        raise UserError(
+            f"{given}{name}: expected lower-case letters, digits, '.', '_' and '-', at most 63 of them, the first a "
+            "letter or digit"
+        )
+    return name
+
+
 def split_run_uri(uri: str) -> tuple[S3Store, str]:
     """The store and the name of the run that ``s3://bucket/prefix/runs/NAME`` names.
 
@@ -300,7 +317,8 @@ def profile_settings(source: str) -> list[str]:
     cluster = tree.get("cluster") or {} if isinstance(tree, dict) else None
     if not isinstance(cluster, dict) or set(tree) - {"cluster"}:
         raise UserError(f"profile {name}: expected one section, cluster; other settings belong into --config or --set")
-    return [f"cluster.{key}={json.dumps(value)}" for key, value in cluster.items()]
+    # A date is a text, as it is in every other configuration.
+    return [f"cluster.{key}={json.dumps(value, default=str)}" for key, value in cluster.items()]
 
 
 # -- resolve_config --------------------------------------------------------------------------------------------------
@@ -334,8 +352,9 @@ def resolve_config(
         The resolved run's identity: name, MLflow run id and URL, S3 URI.
 
     Raises:
-        UserError: for every mistake in the configuration, or every failed preflight check, at once.
+        UserError: for every mistake in the configuration, or every failed preflight check, at once; or for the name.
     """
+    check_run_name(run)
     tree = _load(config, overrides, settings, profile)
     # In an image of its own this step has neither the GPUs nor the volumes of the steps that need them.
     here = "KUBERNETES_SERVICE_HOST" not in os.environ and find_spec("torch") is not None
@@ -507,6 +526,8 @@ def train(
     inputs = {"config": run.config.digest, "dataset": dataset["digest"]}
     world = distributed.World.from_environment()
     distributed.init(world, distributed.pick_device(device, world))
+    if resume == "auto":
+        distributed.on_main(lambda: _refuse_futile_retry(run), world)
     manifest = run.finished("train", inputs) if resume == "auto" and world.is_main else None
     manifest = distributed.broadcast_object(manifest, world)
     if manifest is None:
@@ -595,6 +616,7 @@ def launch_training(
     dataset = read_manifest(dataset_path, "dataset")
     inputs = {"config": run.config.digest, "dataset": dataset["digest"]}
     if (manifest := run.finished("train", inputs)) is None:
+        _refuse_futile_retry(run)
         # What the pods read; S3 may still hold those of an earlier try.
         run.hand_over("resolved", resolved_path, read_manifest(resolved_path, "resolved"))
         run.hand_over("dataset", dataset_path, dataset)
@@ -614,11 +636,26 @@ def launch_training(
     say(f"checkpoint: step {manifest['step']}, {manifest['images_seen']:,} images seen, {manifest['uri']}")
 
 
+def _refuse_futile_retry(run: Run) -> None:
+    """End a retry of KFP's at once if the try before it ended with 13: KFP has no exit code that stops retries.
+
+    Raises:
+        FutileRetryError: that of the try before.
+    """
+    record: Json = {}
+    with contextlib.suppress(ObjectNotFoundError):
+        record = run.store.get_json(run.key(ERROR))
+    if run.job and record.get("job") == run.job and record.get("exit_code") == FutileRetryError.exit_code:
+        say("an earlier try of this pipeline run ended with 13; start the pipeline again to train all the same")
+        raise FutileRetryError(record["message"])
+
+
 def training_job(run: Run, overrides: Sequence[str] = ()) -> TrainSpec:
     """The training job of a run, as ``launch_training`` starts it.
 
     Raises:
-        UserError: ``overrides`` change more than the section ``cluster``.
+        UserError: ``overrides`` change more than the section ``cluster``; or its pods would look for S3 or MLflow in
+            themselves.
     """
     from hjepa.adapters.cluster import spec
 
@@ -626,6 +663,8 @@ def training_job(run: Run, overrides: Sequence[str] = ()) -> TrainSpec:
     if config.digest != run.config.digest:
         raise UserError("a job takes other settings of the section cluster alone; for the rest, resolve a new run")
     env = spec.job_env(config, run=run.name, mlflow_run_id=run.mlflow_run_id, tracking_uri=run.tracking_uri)
+    if config.cluster.backend != "local":
+        spec.check_addresses(config, env)
     # What KFP's MLflow plug-in sets beside the run's id. A token is not among it: that comes from a Secret.
     forwarded = {name: os.environ[name] for name in MLFLOW_FORWARDED if name in os.environ}
     # Nothing that differs between two tries, such as the id of the KFP run: the second would not know the job again.
@@ -1060,49 +1099,64 @@ def report(
     if state == "SUCCEEDED":
         text = f"run {run}: succeeded"
     else:
-        step, cause = _cause(config, overrides, settings, profile, run, job) or ("", message or "no reason was given")
+        try:
+            tree = _load(config, overrides, settings, profile)
+            check_run_name(run)
+        except HjepaError as error:  # the mistake that stopped the pipeline's first step too
+            step, cause = "resolve_config", str(error)
+        else:
+            step, cause = _cause(tree, run, job, message or "no reason was given")
         text = f"run {run}: {state.lower()}" + (f" in {step}" if step else "") + f": {cause}"
     say(text)
     Path(summary_path).write_text(text + "\n", "utf-8")
 
 
-def _cause(
-    config: str, overrides: Sequence[str], settings: Mapping[str, str], profile: str, run: str, job: str
-) -> tuple[str, str] | None:
-    """(step, reason) of a failed try; None where the step could not say it, as when it was killed."""
+def _cause(tree: Config, run: str, job: str, message: str) -> tuple[str, str]:
+    """(step, reason) of a failed try, whose job is stopped; without a step where none could say it, as when killed."""
+    from hjepa.adapters.cluster.spec import job_name
+
     try:
-        tree = _load(config, overrides, settings, profile)
-        store = S3Store.from_config(tree.storage)
-        with tempfile.TemporaryDirectory() as folder:
-            path = str(Path(folder) / "resolved.json")
-            known = fetch_manifests(store, run, {"resolved": path})
-            opened = Run.read(path) if known else None
-    except HjepaError as error:  # the mistake, or the server that is gone, which stopped the pipeline's first step too
-        return "resolve_config", str(error)
-    if opened is None or opened.job != job:
-        return "resolve_config", "it ended before the run was opened; its log has the reason"
-    record: Json = {}
-    with contextlib.suppress(ObjectNotFoundError):
-        record = store.get_json(opened.key(ERROR))
+        opened = _opened(tree, run)
+        if opened is None or opened.job != job:
+            return "resolve_config", "it ended before the run was opened; its log has the reason"
+        launched = _stored(opened, JOB)
+        record = _stored(opened, ERROR)
+    except HjepaError as error:
+        if tree.cluster.backend != "local":  # whether there is a job, only the cluster can still tell
+            _stop_job(job_name(run), tree.cluster.namespace)
+        return "", f"S3 cannot be asked: {error}; KFP says: {message}"
+    if launched:
+        _stop_job(launched["name"], launched["namespace"])
     told = record if record.get("job") == job else {}
     if told:
         opened.tracker.set_tags({"hjepa.failed_step": told["step"], "hjepa.failure": told["message"]})
     opened.tracker.finish("KILLED" if told.get("exit_code") == PreemptedError.exit_code else "FAILED")
-    _stop_job(opened)
-    return (told["step"], told["message"]) if told else None
+    return (told["step"], told["message"]) if told else ("", message)
 
 
-def _stop_job(run: Run) -> None:
+def _opened(tree: Config, run: str) -> Run | None:
+    """The run as S3 knows it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "resolved.json")
+        known = fetch_manifests(S3Store.from_config(tree.storage), run, {"resolved": path})
+        return Run.read(path) if known else None
+
+
+def _stored(run: Run, name: str) -> Json:
+    """An object of the run; empty where there is none."""
+    found: Json = {}
+    with contextlib.suppress(ObjectNotFoundError):
+        found = run.store.get_json(run.key(name))
+    return found
+
+
+def _stop_job(name: str, namespace: str | None) -> None:
     """A launcher that was killed leaves its job running, on GPUs that nobody waits for."""
     from hjepa.adapters.cluster import jobs, launcher
 
     try:
-        job = run.store.get_json(run.key(JOB))
-    except ObjectNotFoundError:
-        return
-    try:
-        if jobs.is_active(job["name"], namespace=job["namespace"]):
-            for deleted in launcher.cancel(job["name"], namespace=job["namespace"]):
+        if jobs.is_active(name, namespace=namespace):
+            for deleted in launcher.cancel(name, namespace=namespace):
                 say(f"{deleted}: was still running, and is stopped")
     except HjepaError as error:  # the report itself is what matters
-        warn(f"job {job['name']} could not be looked at; the janitor ends it if it still runs: {error}")
+        warn(f"job {name} could not be looked at; the janitor ends it if it still runs: {error}")

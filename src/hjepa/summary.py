@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 from hjepa.utils.logging import format_seconds
@@ -33,11 +35,15 @@ class Summary:
 def show(summary: Summary, console: Console) -> None:
     console.print()
     console.print(_probes(summary.evaluation))
-    console.print(_facts(summary))
+    facts = _facts(summary)
+    width = max(len(name) for name, _ in facts)
+    for name, value in facts:
+        # An address that is wrapped cannot be copied, and a log has lines of any length.
+        console.print(f"[bold]{name:<{width}}[/bold]  {escape(value)}", soft_wrap=True, emoji=False)
+    console.print(Padding(escape(summary.registration["reason"]), (0, 0, 0, width + 2)))
     console.print(_times(summary))
     console.print("[bold]next[/bold]")
     for purpose, command in summary.commands:
-        # A command that is wrapped cannot be copied.
         console.print(f"  {purpose}:", highlight=False)
         console.print(f"    {command}", style="cyan", highlight=False, soft_wrap=True, markup=False)
 
@@ -67,25 +73,23 @@ def _value(name: str, value: float | None) -> str:
     return f"{100 * value:.2f} %" if name in PERCENT else f"{value:.3g}"
 
 
-def _facts(summary: Summary) -> Table:
+def _facts(summary: Summary) -> list[tuple[str, str]]:
     dataset, registration, metrics = summary.dataset, summary.registration, summary.evaluation["metrics"]
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+    facts = []
     if "gain/knn_top1" in metrics:
         for level, prefix in (("all", "gain"), ("mean", "gain/mean")):
             knn, linear = (100 * metrics[f"{prefix}/{name}"] for name in ("knn_top1", "linear_top1"))
             name = f"gain over random init, {level}"
-            table.add_row(name, f"k-NN {knn:+.2f}, linear probe {linear:+.2f} points")
-    table.add_row("data set", f"{dataset['uri']}  ({dataset['bytes_uploaded']:,} bytes uploaded)")
-    table.add_row("checkpoint", summary.checkpoint["uri"])
-    table.add_row("model", summary.model["uri"])
-    table.add_row("MLflow run", registration["mlflow_run_url"])
+            facts.append((name, f"k-NN {knn:+.2f}, linear probe {linear:+.2f} points"))
+    facts.append(("data set", f"{dataset['uri']}  ({dataset['bytes_uploaded']:,} bytes uploaded)"))
+    facts.append(("checkpoint", summary.checkpoint["uri"]))
+    facts.append(("model", summary.model["uri"]))
+    facts.append(("MLflow run", registration["mlflow_run_url"]))
     if "compare_url" in registration:
-        table.add_row("beside the champion", registration["compare_url"])
-    table.add_row("registered", f"{registration['name']} version {registration['version']} @ {registration['alias']}")
-    table.add_row("", registration["reason"])
-    return table
+        facts.append(("beside the champion", registration["compare_url"]))
+    registered = f"{registration['name']} version {registration['version']} @ {registration['alias']}"
+    facts.append(("registered", registered))
+    return facts
 
 
 def _times(summary: Summary) -> str:

@@ -14,7 +14,7 @@ from hjepa.data import create_dataloaders
 from hjepa.data.loader import EvalLoader, ShardDataset
 from hjepa.data.transforms import normalize
 from hjepa.distributed import World, leave, pick_device
-from hjepa.errors import FutileRetryError, PreemptedError
+from hjepa.errors import FutileRetryError, PreemptedError, UserError
 from hjepa.evaluation import knn
 from hjepa.losses import HierarchicalLoss
 from hjepa.masks import MultiBlockMasking
@@ -65,9 +65,18 @@ def train_alone(config: Config, *, resume: str | Path | None = "auto", device: s
     Args:
         resume: A checkpoint's path, ``auto`` for the newest one in the folder if there is one, None to start anew.
         device: Instead of ``training.device``.
+
+    Raises:
+        UserError: no such device, no such checkpoint, or images that cannot be used.
     """
     device = device or config.training.device
-    pick_device(device, World.from_environment())  # said before any image is prepared
+    # Both are said before any image is prepared; other ranks than the first need not see the file.
+    pick_device(device, World.from_environment())
+    if resume not in (None, "auto") and World.from_environment().is_main and not Path(resume).is_file():
+        raise UserError(
+            f"--resume {resume}: there is no such file. Expected a checkpoint's path, or auto for the newest one in "
+            f"checkpoint.checkpoint_dir={config.checkpoint.checkpoint_dir}"
+        )
     config = config.model_copy(update={"training": config.training.model_copy(update={"device": device})})
     train_loader, val_loader = create_dataloaders(config)
     images = train_loader.dataset

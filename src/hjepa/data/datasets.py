@@ -44,6 +44,14 @@ def check_source(data: DataConfig) -> list[str]:
     return _row(data.name).check(data)
 
 
+def require_known(name: str) -> None:
+    """
+    Raises:
+        UserError: ``data.name`` is that of no data set. Whether its images are there is not looked at.
+    """
+    _row(name)
+
+
 def _row(name: str) -> Row:
     wanted = torchvision_sets.plain(name)
     for known, row in DATASETS.items():

@@ -21,7 +21,7 @@ import torch
 from hjepa.config import Config, DataConfig, sha256_json
 from hjepa.data.datasets import open_source
 from hjepa.data.loader import Fetch, ShardDataset, TrainLoader, build_train_loader
-from hjepa.data.prepare import REPORT, QuarantineError, prepare, prepared_key, scratch
+from hjepa.data.prepare import REPORT, QuarantineError, check_quarantine, prepare, prepared_key, scratch
 from hjepa.data.sources import Source
 from hjepa.distributed import World
 from hjepa.errors import UserError
@@ -109,6 +109,10 @@ def _find_or_prepare(data: DataConfig, source: Source, cache: Path, speaks: bool
     folder = _folder(cache, source, data)
     manifest = _read(folder)
     if manifest is not None:
+        try:
+            check_quarantine(manifest, data, folder / REPORT)
+        except QuarantineError as error:
+            raise UserError(f"{error}\nThe report: {error.report}") from None
         if speaks:
             _say(f"{_described(manifest)}: already prepared in {folder}, nothing to do")
         return manifest, folder

@@ -17,7 +17,7 @@ import time
 import warnings
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -333,17 +333,11 @@ def _moments(image: Image.Image, channels: int) -> tuple[tuple[float, ...], tupl
 def _conclude(source: Source, data: DataConfig, workdir: Path, splits: Mapping[str, _SplitResult]) -> Prepared:
     reasons = sum((result.reasons for result in splits.values()), Counter())
     quarantined = reasons.total()
-    total = quarantined + sum(result.samples for result in splits.values())
+    samples = sum(result.samples for result in splits.values())
+    total = quarantined + samples
     report = workdir / REPORT
-    if quarantined > data.quarantine_limit * total:
-        examples = ", ".join([text for result in splits.values() for text in result.examples][:3])
-        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        raise QuarantineError(
-            f"{quarantined} of {total} files ({quarantined / total:.1%}) cannot be used: {counts}; for example "
-            f"{examples}. data.quarantine_limit allows {data.quarantine_limit:.1%}. Remove or replace the files that "
-            "the report lists, or raise data.quarantine_limit.",
-            report,
-        )
+    examples = [text for result in splits.values() for text in result.examples][:3]
+    _require_few_refused(reasons, samples, data, report, examples)
     train = splits["train"]
     if train.samples < MIN_TRAIN_IMAGES:
         raise QuarantineError(
@@ -388,6 +382,33 @@ def _conclude(source: Source, data: DataConfig, workdir: Path, splits: Mapping[s
     }
     stored = [file for result in splits.values() for file in (*result.shards, result.index)]
     return Prepared(manifest, [*stored, report_file])
+
+
+def check_quarantine(manifest: Mapping[str, Any], data: DataConfig, report: Path) -> None:
+    """Hold a set that was prepared under another ``data.quarantine_limit`` to the present one.
+
+    Raises:
+        QuarantineError: as ``prepare`` would.
+    """
+    samples = sum(split["samples"] for split in manifest["splits"].values())
+    _require_few_refused(Counter(manifest["quarantine"]["by_reason"]), samples, data, report)
+
+
+def _require_few_refused(
+    reasons: Counter[str], samples: int, data: DataConfig, report: Path, examples: Sequence[str] = ()
+) -> None:
+    refused = reasons.total()
+    total = refused + samples
+    if refused <= data.quarantine_limit * total:
+        return
+    counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    shown = f"; for example {', '.join(examples)}" if examples else ""
+    raise QuarantineError(
+        f"{refused} of {total} files ({refused / total:.1%}) cannot be used: {counts}{shown}. data.quarantine_limit "
+        f"allows {data.quarantine_limit:.1%}. Remove or replace the files that the report lists, or raise "
+        "data.quarantine_limit.",
+        report,
+    )
 
 
 def _split_section(result: _SplitResult, classes: int) -> dict[str, Any]:

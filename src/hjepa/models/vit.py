@@ -186,6 +186,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.grid = image_size // patch_size
+        self.image_shape = (channels, image_size, image_size)
         self.embed_dim = embed_dim
         fan_in = channels * patch_size**2
         self.patch_embed = nn.Linear(fan_in, embed_dim)
@@ -201,6 +202,11 @@ class VisionTransformer(nn.Module):
 
     def patchify(self, images: Tensor) -> Tensor:
         """(B, C, S, S) -> (B, N, C*p*p), patches in raster order."""
+        if images.shape[1:] != self.image_shape:
+            raise ValueError(
+                f"images: expected (B, {', '.join(map(str, self.image_shape))}), got {tuple(images.shape)}. "
+                "embed_images of an exported encoder takes raw images of any size"
+            )
         b, c, _, _ = images.shape
         p, g = self.patch_size, self.grid
         return images.view(b, c, g, p, g, p).permute(0, 2, 4, 1, 3, 5).reshape(b, g * g, c * p * p)

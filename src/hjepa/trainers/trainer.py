@@ -656,7 +656,7 @@ class HJEPATrainer:
         self._saved_step = self.step
         if self.world.is_main:
             there = state.get("world_size", self.world.size)
-            elsewhere = "" if there == self.world.size else f" (saved by {there} rank{'s' if there > 1 else ''})"
+            elsewhere = "" if there == self.world.size else f" (saved by {_counted(there, 'rank')})"
             say(f"resumed from {head['path']} at step {self.step} of {self.total_steps}{elsewhere}")
 
     def _barrier(self) -> None:
@@ -691,8 +691,8 @@ class HJEPATrainer:
         ranks = "1 rank" if self.world.size == 1 else f"{self.world.size} ranks ({self.config.training.parallel})"
         say(
             f"training {trained / 1e6:.2f} M parameters on {self.device} in {precision}, {ranks}, "
-            f"{torch.get_num_threads()} threads: {self.total_steps} steps of {self.config.training.batch_size} images, "
-            f"{self.core.num_levels} levels"
+            f"{_counted(torch.get_num_threads(), 'thread')}: {_counted(self.total_steps, 'step')} of "
+            f"{_counted(self.config.training.batch_size, 'image')}, {_counted(self.core.num_levels, 'level')}"
         )
 
     # -- signals -----------------------------------------------------------------------------------------------------
@@ -714,6 +714,10 @@ class HJEPATrainer:
         raise PreemptedError(
             f"{name} at step {self.step} of {self.total_steps}: the state is saved, the run can be resumed"
         )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def lineage(config: Config) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Nothing is changed there; only ``pod=True`` starts one short-lived pod, which lo
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 import time
@@ -17,10 +18,20 @@ from typing import Any
 import yaml
 
 from hjepa import __version__
-from hjepa.adapters.cluster.client import PODS, AccessError, Api, ApiError, Cluster, Object
+from hjepa.adapters.cluster.client import (
+    PODS,
+    WORKFLOWS,
+    AccessError,
+    Api,
+    ApiError,
+    Cluster,
+    Object,
+    StreamLostError,
+    UnreachableError,
+)
 from hjepa.adapters.cluster.spec import LABELS
 from hjepa.config import ClusterConfig, Config, Toleration
-from hjepa.errors import UserError
+from hjepa.errors import HjepaError, UserError
 
 _BUDGET_SECONDS = 15.0  # a person waits
 _SERVICE_ACCOUNTS = Api("", "v1", "serviceaccounts")
@@ -41,10 +52,10 @@ KINDS = {
 # What the launcher asks of the API server, (group, resource) -> verbs.
 RIGHTS: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
     "trainjob": {
-        ("trainer.kubeflow.org", "trainjobs"): ("create", "delete", "get", "watch"),
-        ("trainer.kubeflow.org", "trainingruntimes"): ("create", "delete", "get"),
+        ("trainer.kubeflow.org", "trainjobs"): ("create", "delete", "get", "patch", "watch"),
+        ("trainer.kubeflow.org", "trainingruntimes"): ("create", "delete", "get", "patch"),
     },
-    "pytorchjob": {("kubeflow.org", "pytorchjobs"): ("create", "delete", "get", "watch")},
+    "pytorchjob": {("kubeflow.org", "pytorchjobs"): ("create", "delete", "get", "patch", "watch")},
 }
 COMMON_RIGHTS: dict[tuple[str, str], tuple[str, ...]] = {
     ("", "pods"): ("get", "list"),
@@ -76,6 +87,7 @@ def check(config: Config, *, pod: bool = False, kfp: Callable[[], str] | None = 
 
     Raises:
         UserError: there is no way to the cluster.
+        HjepaError: it does not answer, or not like a cluster.
     """
     return _Doctor(config).rows(pod=pod, kfp=kfp)
 
@@ -122,9 +134,14 @@ class _Doctor:
         return rows
 
     def _guarded(self, name: str, run: Callable[[], Iterable[Row]]) -> list[Row]:
-        """A check that may not look is a row too; a server that does not answer ends them all."""
+        """A check that may not look is a row too; a server that does not answer ends them all.
+
+        But for the pod: it comes last, after minutes, and what was found before is worth telling.
+        """
         try:
             return list(run())
+        except UnreachableError:
+            raise
         except AccessError as error:
             if getattr(error.__cause__, "status", None) == 401:
                 raise
@@ -135,15 +152,19 @@ class _Doctor:
             ]
         except UserError as error:
             return [Row(name, False, str(error), _OTHERWISE.get(name, "mend what the message names"))]
+        except HjepaError as error:
+            if name != "pod":
+                raise
+            return [Row(name, False, str(error), f"try again; a pod that is left ends within {self._pod_seconds()} s")]
 
     # -- the checks ----------------------------------------------------------------------------------------------------
 
     def _version(self) -> Iterator[Row]:
-        version = self._get("/version")["gitVersion"]
+        version = self._get("/version", needs="gitVersion")["gitVersion"]
         yield Row("API server", True, f"{self.cluster.host}, Kubernetes {version}")
 
     def _namespace(self) -> Iterator[Row]:
-        found = self._find(f"/api/v1/namespaces/{self.namespace}")
+        found = self._find(f"/api/v1/namespaces/{self.namespace}", needs="metadata")
         if found is None:
             yield Row(
                 "namespace",
@@ -175,8 +196,11 @@ class _Doctor:
                     f"the cluster does not serve {kinds}",
                     f"install {' and '.join(sorted(what))}{hint}" if needed else "not needed",
                 )
-        if "workflows" not in self._resources("argoproj.io", "v1alpha1"):
+        if not self._serves_workflows():
             yield Row("Argo Workflows", None, "not served", "needed only where KFP runs in this cluster")
+
+    def _serves_workflows(self) -> bool:
+        return WORKFLOWS.plural in self._resources(WORKFLOWS.group, WORKFLOWS.version)
 
     def _missing(self, backend: str) -> list[tuple[str, str, str, str]]:
         return [kind for kind in KINDS[backend] if kind[2] not in self._resources(kind[0], kind[1])]
@@ -196,17 +220,34 @@ class _Doctor:
         }
         asked = sum(len(verbs) for verbs in needed.values())
         lacking = {kind: verbs for kind, verbs in denied.items() if verbs}
+        pipelines = self._serves_workflows()
+        sees_run = pipelines and self.cluster.allowed("get", WORKFLOWS.group, WORKFLOWS.plural)
         if not lacking:
-            yield Row("rights", True, f"all {asked} that the launcher uses in {self.namespace}")
+            uses = "needs" if pipelines and not sees_run else "uses"
+            yield Row("rights", True, f"all {asked + sees_run} that the launcher {uses} in {self.namespace}")
         for (group, resource), verbs in lacking.items():
             qualified = f"{resource}.{group}" if group else resource
             yield Row(
                 "rights",
                 False,
                 f"may not {', '.join(verbs)} {qualified} in {self.namespace}",
-                f"apply manifests/base there, and bind its Role hjepa-launcher to whom "
-                f"`kubectl -n {self.namespace} auth whoami` names",
+                self._bind(),
             )
+        if pipelines and not sees_run:
+            yield Row(
+                "rights workflows",
+                None,
+                f"may not get workflows.argoproj.io in {self.namespace}: a pipeline's launcher cannot tell an eviction "
+                "from a cancellation, and stops the job at either",
+                self._bind(),
+            )
+
+    def _accounts(self) -> str:
+        return f"apply manifests/overlays/accounts with its namespace set to {self.namespace}"
+
+    def _bind(self) -> str:
+        whoami = f"kubectl -n {self.namespace} auth whoami"
+        return f"{self._accounts()}, and bind its Role hjepa-launcher to whom `{whoami}` names"
 
     def _service_account(self) -> Iterator[Row]:
         name = self.wanted.service_account
@@ -215,7 +256,7 @@ class _Doctor:
                 "service account",
                 False,
                 f"there is no service account {name!r} in {self.namespace}; no training pod could start",
-                "apply manifests/base there, or set cluster.service_account",
+                f"{self._accounts()}, or set cluster.service_account",
             )
         else:
             yield Row("service account", True, name)
@@ -251,7 +292,7 @@ class _Doctor:
 
     def _nodes(self) -> Iterator[Row]:
         cluster = self.wanted
-        nodes = self._get("/api/v1/nodes")["items"]
+        nodes = self._get("/api/v1/nodes", needs="items")["items"]
         reasons = {node["metadata"]["name"]: list(_unfit(node, cluster)) for node in nodes}
         fit = [node for node in nodes if not reasons[node["metadata"]["name"]]]
         each = f"{cluster.gpus_per_node} x {cluster.gpu_resource}, " if cluster.gpus_per_node else ""
@@ -337,6 +378,7 @@ class _Doctor:
             "metadata": {"name": name, "labels": labels},
             "spec": {
                 "restartPolicy": "Never",
+                "activeDeadlineSeconds": self._pod_seconds(),  # if nobody is left to delete it
                 "automountServiceAccountToken": False,
                 "enableServiceLinks": False,
                 "serviceAccountName": cluster.service_account,
@@ -353,13 +395,21 @@ class _Doctor:
             },
         }
 
+    def _pod_seconds(self) -> int:
+        """What the pod may take, its image included."""
+        return math.ceil(self.wanted.image_timeout_seconds) + 60
+
     def _followed(self, name: str, poll_seconds: float = 1.0) -> Iterator[Row]:
-        deadline = time.monotonic() + self.wanted.image_timeout_seconds + 60
+        deadline = time.monotonic() + self._pod_seconds()
         why = "the pod was not scheduled"
         while time.monotonic() < deadline:
             status = (self.cluster.get(PODS, name) or {}).get("status") or {}
             if status.get("phase") in {"Succeeded", "Failed"}:
-                log = "\n".join(self.cluster.log(name, "doctor"))
+                try:
+                    log = "\n".join(self.cluster.log(name, "doctor"))
+                except StreamLostError as error:
+                    yield self._silent(status, error)
+                    return
                 yield from _rows_of(log) or [
                     Row(
                         "pod",
@@ -381,16 +431,27 @@ class _Doctor:
             "correct cluster.registry and cluster.image_pull_secrets, or push the image",
         )
 
+    def _silent(self, status: Object, error: StreamLostError) -> Row:
+        """The row of a pod that has ended and whose log cannot be read."""
+        why = ": ".join(str(status[key]) for key in ("reason", "message") if status.get(key))
+        return Row(
+            "pod",
+            # What succeeded has found nothing wrong.
+            None if status["phase"] == "Succeeded" else False,
+            f"it {status['phase'].lower()}{f' ({why})' if why else ''}, and its log cannot be read: {error}",
+            "mend what the message names, and look again",
+        )
+
     # -- asking --------------------------------------------------------------------------------------------------------
 
-    def _get(self, path: str) -> Object:
-        answer: Object = self.cluster.request("GET", path, doing=f"get {path}")
+    def _get(self, path: str, needs: str = "kind") -> Object:
+        answer: Object = self.cluster.request("GET", path, doing=f"get {path}", needs=needs)
         return answer
 
-    def _find(self, path: str) -> Object | None:
+    def _find(self, path: str, needs: str = "kind") -> Object | None:
         """An object that belongs to no namespace; None if it does not exist."""
         try:
-            return self._get(path)
+            return self._get(path, needs)
         except ApiError as error:
             if error.status == 404:
                 return None
@@ -399,12 +460,12 @@ class _Doctor:
     def _resources(self, group: str, version: str) -> set[str]:
         """Plural names that the server serves in this version of a group."""
         if (group, version) not in self._served:
-            found = self._find(f"/apis/{group}/{version}")
+            found = self._find(f"/apis/{group}/{version}", needs="resources")
             self._served[group, version] = {item["name"] for item in found["resources"]} if found else set()
         return self._served[group, version]
 
     def _versions(self, group: str) -> list[str]:
-        groups = self._get("/apis")["groups"]
+        groups = self._get("/apis", needs="groups")["groups"]
         return [item["version"] for found in groups if found["name"] == group for item in found["versions"]]
 
 

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 
 from hjepa.adapters.cluster.client import PODS, Cluster, Object, StreamLostError
 from hjepa.adapters.cluster.launcher import BACKENDS, Backend
-from hjepa.adapters.cluster.view import PodView
+from hjepa.adapters.cluster.view import JobView, PodView
 from hjepa.errors import UserError
+from hjepa.utils.logging import warn
 
 _BUDGET_SECONDS = 60.0
 _TRIES = 5  # of reading a log that breaks off at once
+_LONGEST_PAUSE_SECONDS = 10.0
 
 
 def is_active(name: str, *, backend: str = "auto", namespace: str | None = None) -> bool:
@@ -23,8 +25,11 @@ def is_active(name: str, *, backend: str = "auto", namespace: str | None = None)
 def log(name: str, *, backend: str = "auto", namespace: str | None = None, follow: bool = False) -> Iterator[str]:
     """Lines of the job's first node, of its newest pod.
 
+    Args:
+        follow: Wait for that pod, and go on with it and with those that replace it until the job has ended.
+
     Raises:
-        UserError: there is no such job, or it has no pod yet.
+        UserError: there is no such job, or it has no pod yet; or a job that has ended has no log.
     """
     cluster = Cluster(namespace, budget_seconds=_BUDGET_SECONDS)
     found = next(iter(_jobs(cluster, name, backend)), None)
@@ -33,13 +38,19 @@ def log(name: str, *, backend: str = "auto", namespace: str | None = None, follo
             f"there is no job {name} in namespace {cluster.namespace}; `hjepa job submit` starts it, and one that "
             "succeeded is deleted unless cluster.cleanup=keep: its metrics are in MLflow"
         )
-    kind, _ = found
-    pod = _first_pod(cluster, *found)
+    kind, job = found
+    if follow:
+        yield from _follow(cluster, kind, name)
+        return
+    pod = _first_pod(_observe(cluster, kind, job))
     if pod is None:
         raise UserError(
             f"job {name} has no pod yet: kubectl -n {cluster.namespace} get events --sort-by=.lastTimestamp"
         )
-    yield from _lines(cluster, pod.name, kind.module.CONTAINER, follow)
+    try:
+        yield from cluster.log(pod.name, kind.module.CONTAINER)
+    except StreamLostError as error:
+        raise UserError(f"no log of pod {pod.name}: {error}") from None
 
 
 def _jobs(cluster: Cluster, name: str, backend: str) -> Iterator[tuple[Backend, Object]]:
@@ -51,27 +62,50 @@ def _jobs(cluster: Cluster, name: str, backend: str) -> Iterator[tuple[Backend, 
                 yield kind, job
 
 
-def _first_pod(cluster: Cluster, kind: Backend, job: Object) -> PodView | None:
-    pods = cluster.list(PODS, labels=kind.pods.format(name=job["metadata"]["name"]))
-    return min(kind.observe(job, pods).pods, key=lambda pod: pod.index, default=None)
+def _observe(cluster: Cluster, kind: Backend, job: Object) -> JobView:
+    return kind.observe(job, cluster.list(PODS, labels=kind.pods.format(name=job["metadata"]["name"])))
 
 
-def _lines(cluster: Cluster, pod: str, container: str, follow: bool) -> Iterator[str]:
-    """The log from its beginning, taken up again where the connection broke off."""
-    since, tries = "", 0
-    while True:
-        query = (
-            {"timestamps": "true"} | ({"follow": "true"} if follow else {}) | ({"sinceTime": since} if since else {})
-        )
-        try:
-            for line in cluster.log(pod, container, **query):
-                stamp, _, text = line.partition(" ")
-                if stamp > since:  # sinceTime counts in seconds
-                    since, tries = stamp, 0
-                    yield text
+def _first_pod(seen: JobView) -> PodView | None:
+    return min(seen.pods, key=lambda pod: pod.index, default=None)
+
+
+def _follow(cluster: Cluster, kind: Backend, name: str) -> Iterator[str]:
+    """The first node's log, of one container after another, until nothing more can come."""
+    followed = since = shown = ""
+    tries = 0
+    # Gone is a job that succeeded and was cleaned up, or that was cancelled: no error of whoever reads its log.
+    while (job := cluster.get(kind.api, name)) is not None:
+        # The state before the log is read: what was said up to that end is in the log.
+        seen = _observe(cluster, kind, job)
+        pod = _first_pod(seen)
+        over = seen.ended or (pod is not None and pod.phase == "Succeeded")
+        lost = ""
+        if pod is not None:
+            if pod.name != followed:
+                followed, since = pod.name, ""
+            try:
+                for line in cluster.log(
+                    pod.name,
+                    kind.module.CONTAINER,
+                    follow="true",
+                    timestamps="true",
+                    **({"sinceTime": since} if since else {}),
+                ):
+                    stamp, _, text = line.partition(" ")
+                    if stamp > since:  # sinceTime counts in seconds
+                        since, tries = stamp, 0
+                        yield text
+            except StreamLostError as error:  # its container does not run yet, or the connection broke
+                lost = str(error)
+        if over and not followed:
+            raise UserError(f"job {name} has ended, and its pods are gone; its metrics are in MLflow")
+        if over and not lost:
             return
-        except StreamLostError as error:
-            tries += 1
-            if not follow or tries == _TRIES:
-                raise UserError(f"no log of pod {pod}: {error}") from None
-            time.sleep(0.2 * 2**tries)
+        tries += 1
+        if over and tries >= _TRIES:
+            raise UserError(f"no log of pod {followed}: {lost}")
+        if (lost or pod is None) and seen.summary() != shown:
+            shown = seen.summary()
+            warn(f"job {name}: {shown}")
+        time.sleep(min(_LONGEST_PAUSE_SECONDS, 0.2 * 2 ** min(tries, 10)))

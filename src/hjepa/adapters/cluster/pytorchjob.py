@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hjepa.adapters.cluster.render import Manifest, metadata, pod_template, signed
+from hjepa.adapters.cluster.render import Manifest, metadata, pod_template, signed, whole_seconds
 from hjepa.adapters.cluster.spec import TrainSpec
 from hjepa.config import ClusterConfig
 
@@ -53,7 +53,7 @@ def render(spec: TrainSpec) -> list[Manifest]:
         policy["ttlSecondsAfterFinished"] = _FINISHED_SECONDS
     if cluster.total_timeout_seconds is not None:
         # The operator looks only when something else happens to the job: a backstop for a launcher that died.
-        policy["activeDeadlineSeconds"] = round(cluster.total_timeout_seconds)
+        policy["activeDeadlineSeconds"] = whole_seconds(cluster.total_timeout_seconds)
     worker = {
         "replicas": cluster.nodes,
         "restartPolicy": "OnFailure" if cluster.max_restarts else "Never",

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from hjepa.adapters.cluster.spec import LABELS, SPEC_HASH, TrainSpec, spec_hash
-from hjepa.config import ClusterConfig
+from hjepa.config import ClusterConfig, misplaced_variables
 from hjepa.errors import UserError
 
 Manifest = dict[str, Any]
 
 USER_ID = 10001  # without an entry in /etc/passwd: the images run under any
 FATAL_EXIT_CODES = (2, 13)  # the user's mistake, and a failure that a retry would repeat
-_SECRET_VARIABLES = (
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "MLFLOW_TRACKING_USERNAME",
-    "MLFLOW_TRACKING_PASSWORD",
-    "MLFLOW_TRACKING_TOKEN",
-)
 _WRITABLE = "/tmp"  # beside /dev/shm
 # The user id has neither a name nor a home.
 _HOME = {
@@ -53,7 +46,8 @@ def pod_template(spec: TrainSpec, *, container: str, env: Sequence[Manifest] = (
             is as large as the node's memory, of which it is a part.
     """
     cluster: ClusterConfig = spec.cluster
-    _check_env(spec.env)
+    if found := misplaced_variables(spec.env):
+        raise UserError("; ".join(found))
     if amount(cluster.shm) >= amount(cluster.memory):
         raise UserError(
             f"cluster.shm is {cluster.shm} and cluster.memory {cluster.memory}: what lies in /dev/shm counts as "
@@ -161,7 +155,7 @@ def metadata(spec: TrainSpec, *, queue: bool = False, labels: Mapping[str, str] 
 
 
 def signed(manifests: list[Manifest]) -> list[Manifest]:
-    """The manifests with the hash of them all on each of them, and on their pods.
+    """The manifests with the hash of them all on each of them; their pods do not carry it.
 
     Args:
         manifests: Without a value that changes from one try to the next, the owner apart.
@@ -175,6 +169,11 @@ def signed(manifests: list[Manifest]) -> list[Manifest]:
 def shutdown_timeout(grace_seconds: int) -> int:
     """Seconds that torchrun gives its ranks to save, which leaves it time to report their exit code."""
     return grace_seconds - max(1, min(30, grace_seconds // 2)) if grace_seconds > 1 else 0
+
+
+def whole_seconds(seconds: float) -> int:
+    """A limit as Kubernetes takes it: whole, at least 1, and never below what was asked for."""
+    return max(1, math.ceil(seconds))
 
 
 def threads(spec: TrainSpec) -> int:
@@ -194,18 +193,3 @@ def to_yaml(manifests: Iterable[Mapping[str, Any]]) -> str:
         yaml.safe_dump(dict(manifest), sort_keys=False, default_flow_style=False, width=120, allow_unicode=True)
         for manifest in manifests
     )
-
-
-def _check_env(env: Mapping[str, str]) -> None:
-    leaks = [name for name in _SECRET_VARIABLES if name in env]
-    if leaks:
-        raise UserError(
-            f"the job's variables hold {', '.join(leaks)}: a manifest is readable by everybody in the namespace. "
-            "Put them into the Secret that cluster.s3_secret or cluster.mlflow_secret names"
-        )
-    taken = sorted(name for name in env if name.startswith("PET_"))
-    if taken:
-        raise UserError(
-            f"the job's variables hold {', '.join(taken)}, which start torchrun and are set by hjepa and the operator; "
-            "use cluster.nodes, cluster.processes_per_node, cluster.max_restarts and cluster.grace_seconds"
-        )

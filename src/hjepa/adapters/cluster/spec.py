@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from hjepa import __version__
 from hjepa.config import ClusterConfig, Config, sha256_json
@@ -99,3 +101,37 @@ def job_env(config: Config, *, run: str, mlflow_run_id: str | None, tracking_uri
         "HJEPA_RUN": run,
     }
     return {key: value for key, value in env.items() if value} | dict(config.cluster.env)
+
+
+def check_addresses(config: Config, env: Mapping[str, str]) -> None:
+    """Refuse servers of this machine alone, which a pod would look for in itself.
+
+    An address that ``cluster.env`` names is the user's own word, as for a server beside every pod.
+
+    Raises:
+        UserError: S3's address or MLflow's is a loopback address.
+    """
+    for name, key, configured in (
+        ("AWS_ENDPOINT_URL", "storage.endpoint_url", config.storage.endpoint_url),
+        ("MLFLOW_TRACKING_URI", "tracking.uri", config.tracking.uri),
+    ):
+        used = configured or env.get(name, "")  # in the pods too, the configuration outranks the variable
+        if _is_loopback(used) and used != config.cluster.env.get(name):
+            leave = f", and leave {key} null" if configured else ""
+            raise UserError(
+                f"{name if configured is None else key} is {used}, which in a pod leads to the pod itself. Name the "
+                f"address that pods reach: --set cluster.env.{name}=http://SERVICE.NAMESPACE:PORT, or in the profile "
+                f"cluster.env: {{{name}: http://SERVICE.NAMESPACE:PORT}}{leave}"
+            )
+
+
+def _is_loopback(url: str) -> bool:
+    try:
+        host = urlsplit(url).hostname or ""
+    except ValueError:  # no address at all, which the client of the server says better
+        return False
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:  # a name
+        return host == "localhost" or host.endswith(".localhost")
+    return address.is_loopback or address.is_unspecified

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hjepa.adapters.cluster.render import FATAL_EXIT_CODES, Manifest, metadata, pod_template, signed
+from hjepa.adapters.cluster.render import FATAL_EXIT_CODES, Manifest, metadata, pod_template, signed, whole_seconds
 from hjepa.adapters.cluster.spec import TrainSpec
 from hjepa.config import ClusterConfig
 
@@ -69,7 +69,7 @@ def render(spec: TrainSpec) -> list[Manifest]:
         "trainer": trainer,
     }
     if cluster.total_timeout_seconds is not None:
-        body["activeDeadlineSeconds"] = round(cluster.total_timeout_seconds)  # from Trainer 2.2
+        body["activeDeadlineSeconds"] = whole_seconds(cluster.total_timeout_seconds)  # from Trainer 2.2
     job: Manifest = {
         "apiVersion": f"{GROUP}/{VERSION}",
         "kind": KIND,
