@@ -24,7 +24,7 @@ import yaml
 
 from hjepa import __version__
 from hjepa.config import Config, load_config, packaged_configs, parse_yaml, read_source, sha256_json
-from hjepa.errors import HjepaError, UserError
+from hjepa.errors import HjepaError, PreemptedError, UserError
 from hjepa.utils.logging import say
 
 DESCRIPTION = "Self-supervised image pretraining with a hierarchical JEPA, from raw images to a registered encoder."
@@ -48,16 +48,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error = as_hjepa_error(problem)
         if os.environ.get("RANK", "0") == "0":
             report_error("hjepa", error)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, PreemptedError):  # all ranks stop with the same
+            print(f"error: {error}", file=sys.stderr, flush=True)
         if os.environ.get("WORLD_SIZE", "1") != "1":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all ranks at once; this one has its own code
         return error.exit_code
     except _TerminatedError:
-        print("terminated; the same command goes on where this one was", file=sys.stderr, flush=True)
+        print(f"terminated{_what_now(options)}", file=sys.stderr, flush=True)
         return TERMINATED
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where this one was", file=sys.stderr, flush=True)
+        print(f"interrupted{_what_now(options)}", file=sys.stderr, flush=True)
         return INTERRUPTED
+
+
+def _what_now(options: argparse.Namespace) -> str:
+    if options.command is pipeline_run:
+        return "; a run that was submitted goes on, and is stopped on its server; this command would submit another"
+    resumable = (run, resolve_config, prepare_data, train, export, evaluate, register, job_submit, sync)
+    return "; the same command goes on where this one was" if options.command in resumable else ""
 
 
 class _TerminatedError(KeyboardInterrupt):
@@ -419,7 +427,7 @@ def _summary(finished: Any, options: argparse.Namespace, *, stack_stays: bool) -
         overhead_seconds=finished.overhead_seconds,
         commands=[
             ("change one setting and compare", again),
-            ("look at the curves in MLflow", f"{up}open '{registration['mlflow_run_url']}'"),
+            ("look at the curves in MLflow", f"{up}{python} -m webbrowser '{registration['mlflow_run_url']}'"),
             ("use the encoder", f'{up}eval "$({variables})" && {python} -c "{use}"'),
         ],
     )
@@ -817,33 +825,37 @@ def job_submit(options: argparse.Namespace) -> None:
     )
 
 
-def _job(options: argparse.Namespace) -> tuple[str, Config]:
-    """(name of the job, configuration) of the run that the options name, without asking a server."""
+def _job(options: argparse.Namespace) -> tuple[str, str, Config]:
+    """(run, name of its job, configuration) that the options name, without asking a server."""
     from hjepa.adapters.cluster import spec
     from hjepa.steps import split_run_uri
 
     config = load_config(options.config, _job_overrides(options))
     name = split_run_uri(options.run_uri)[1] if options.run_uri else run_name(options, config)
-    return spec.job_name(name), config
+    return name, spec.job_name(name), config
 
 
 def job_logs(options: argparse.Namespace) -> None:
     from hjepa.adapters.cluster import jobs
 
-    name, config = _job(options)
-    for line in jobs.log(
-        name, backend=config.cluster.backend, namespace=config.cluster.namespace, follow=options.follow
-    ):
+    run, name, config = _job(options)
+    backend, namespace = config.cluster.backend, config.cluster.namespace
+    for line in jobs.log(name, run=run, backend=backend, namespace=namespace, follow=options.follow):
         print(line, flush=True)
 
 
 def job_cancel(options: argparse.Namespace) -> None:
     from hjepa.adapters.cluster import launcher
 
-    name, config = _job(options)
-    deleted = launcher.cancel(name, backend=config.cluster.backend, namespace=config.cluster.namespace)
+    run, name, config = _job(options)
+    namespace = config.cluster.namespace
+    deleted = launcher.cancel(name, backend=config.cluster.backend, namespace=namespace)
     if not deleted:
-        raise UserError(f"there is no job {name}; `kubectl get trainjobs,pytorchjobs -l app.kubernetes.io/name=hjepa`")
+        here = f"-n {namespace} " if namespace else ""
+        raise UserError(
+            f"there is no job {name} of run {run}; name the run with --config and --run. "
+            f"`kubectl {here}get trainjobs,pytorchjobs -l app.kubernetes.io/name=hjepa` lists all"
+        )
     for item in deleted:
         say(f"{item}: deleted; `hjepa job submit` goes on from the last checkpoint")
 

@@ -22,10 +22,13 @@ def is_active(name: str, *, backend: str = "auto", namespace: str | None = None)
     return any(not found.observe(job, []).ended for found, job in _jobs(cluster, name, backend))
 
 
-def log(name: str, *, backend: str = "auto", namespace: str | None = None, follow: bool = False) -> Iterator[str]:
+def log(
+    name: str, *, run: str = "", backend: str = "auto", namespace: str | None = None, follow: bool = False
+) -> Iterator[str]:
     """Lines of the job's first node, of its newest pod.
 
     Args:
+        run: Whose job it is, for messages.
         follow: Wait for that pod, and go on with it and with those that replace it until the job has ended.
 
     Raises:
@@ -34,9 +37,11 @@ def log(name: str, *, backend: str = "auto", namespace: str | None = None, follo
     cluster = Cluster(namespace, budget_seconds=_BUDGET_SECONDS)
     found = next(iter(_jobs(cluster, name, backend)), None)
     if found is None:
+        of_run = f" (of run {run})" if run else ""
         raise UserError(
-            f"there is no job {name} in namespace {cluster.namespace}; `hjepa job submit` starts it, and one that "
-            "succeeded is deleted unless cluster.cleanup=keep: its metrics are in MLflow"
+            f"there is no job {name} in namespace {cluster.namespace}{of_run}; name the run with --config and --run. "
+            "`hjepa job submit` starts its job; one that succeeded is deleted unless cluster.cleanup=keep, and its "
+            "metrics are in MLflow"
         )
     kind, job = found
     if follow:
