@@ -145,6 +145,13 @@ def test_split_run_uri__is_the_inverse_of_the_runs_own(uri: str) -> None:
     assert store.uri(f"runs/{name}") == uri.rstrip("/")
 
 
+def test_profile__mistakes_are_told_as_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("cluster: {cpu: eight, nodez: 3}", "utf-8")
+    with pytest.raises(UserError, match=r"(?s)mine\.yaml: 2 mistakes.*cluster\.cpu.*such as 500m.*Did you mean"):
+        steps.profile_settings(str(path))
+
+
 def test_profile__settings_are_those_of_its_section() -> None:
     source = (
         "cluster:\n  nodes: 4\n  node_selector: {gpu: 'true'}\n  tolerations: [{key: a, value: b, operator: Equal}]\n"

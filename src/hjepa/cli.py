@@ -605,6 +605,8 @@ def _doctor_of_cluster(config: Config, options: argparse.Namespace) -> int:
         return kfp_server.version(kfp_server.Server.from_environment(options.endpoint))
 
     asked = options.endpoint or "KF_PIPELINES_ENDPOINT" in os.environ
+    if options.pod:
+        say("starting a pod that looks at S3 and MLflow; its image may have to be pulled first ...")
     rows = of_cluster.check(config, pod=options.pod, kfp=kfp if asked else None)
     for line in of_cluster.render(rows):
         say(line)

@@ -644,6 +644,7 @@ def _explain(tree: dict[str, Any], item: Any) -> str:
         "tuple_type": "a list",
         "missing": "one more item",
         "too_long": f"at most {context.get('max_length')} items",
+        "string_pattern_mismatch": "an amount as Kubernetes writes it, such as 500m or 64Gi",  # the only pattern
     }.get(kind)
     if expected is None:
         return f"{dotted}: got {got}, {item['msg']}."

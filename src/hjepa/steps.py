@@ -64,7 +64,14 @@ T = TypeVar("T")
 Json = dict[str, Any]
 
 SCHEMA = 1
-MANIFESTS = ("resolved", "dataset", "checkpoint", "model", "evaluation", "registration")
+MANIFESTS = {  # kind -> the command that writes it
+    "resolved": "resolve-config",
+    "dataset": "prepare-data",
+    "checkpoint": "train",
+    "model": "export",
+    "evaluation": "evaluate",
+    "registration": "register",
+}
 MLFLOW_FORWARDED = ("MLFLOW_EXPERIMENT_ID", "MLFLOW_WORKSPACE", "MLFLOW_TRACKING_AUTH")
 JOB = "job.json"  # the training job that was launched for the run
 ERROR = "error.json"  # why the run's last try failed
@@ -242,7 +249,10 @@ def read_manifest(path: str | Path, kind: str) -> Json:
     try:
         content: Json = json.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the {kind} manifest {path}: {error}. Run the step that makes it first.") from None
+        raise UserError(
+            f"cannot read the {kind} manifest {path}: {error}. Run the step that makes it first: "
+            f"hjepa {MANIFESTS[kind]}"
+        ) from None
     if content.get("schema") != SCHEMA:
         raise UserError(f"the {kind} manifest {path} has schema {content.get('schema')}, this version reads {SCHEMA}")
     return content
@@ -316,7 +326,8 @@ def profile_settings(source: str) -> list[str]:
         raise UserError(f"profile {name} is not valid YAML: {error}") from None
     cluster = tree.get("cluster") or {} if isinstance(tree, dict) else None
     if not isinstance(cluster, dict) or set(tree) - {"cluster"}:
-        raise UserError(f"profile {name}: expected one section, cluster; other settings belong into --config or --set")
+        raise UserError(f"profile {name}: expected one section, cluster; other settings belong in --config or --set")
+    validate({"cluster": cluster}, source=f"profile {name}")  # its mistakes are told as its own
     # A date is a text, as it is in every other configuration.
     return [f"cluster.{key}={json.dumps(value, default=str)}" for key, value in cluster.items()]
 
