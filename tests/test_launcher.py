@@ -122,6 +122,15 @@ def test_owner__is_the_workflow_of_the_own_pod(server: FakeApiServer, monkeypatc
         server.wait_for(lambda: not server.find("Pod"))
 
 
+def test_owner__of_another_namespace_is_none_and_that_is_said(
+    server: FakeApiServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KFP_POD_NAME", "launcher-elsewhere")
+    with JobController(server):
+        assert launch("trainjob") == {"step": 7}
+    assert "belongs to no pipeline run" in capsys.readouterr().err
+
+
 @BOTH
 def test_adopt__a_second_launcher_follows_the_same_job(server: FakeApiServer, backend: str) -> None:
     spec = make_spec(cleanup="keep")

@@ -170,6 +170,11 @@ def find_owner(cluster: Cluster) -> Owner | None:
     for owner in ((pod or {}).get("metadata") or {}).get("ownerReferences") or []:
         if owner["kind"] == "Workflow":
             return Owner(owner["apiVersion"], owner["kind"], owner["name"], owner["uid"])
+    if pod_name and pod is None:  # nobody can own across namespaces
+        warn(
+            f"pod {pod_name} is not in namespace {cluster.namespace}, so the job belongs to no pipeline run: it stops "
+            "with this launcher, and if that is killed, stop it with hjepa job cancel; or leave cluster.namespace null"
+        )
     return None
 
 
