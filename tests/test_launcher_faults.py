@@ -111,7 +111,7 @@ def test_node_loss__is_a_preemption(server: FakeApiServer, backend: str) -> None
         if attempt:
             return Life()
         if index == 0:
-            return Life(exit_code=1, message="connection closed by peer", seconds=0.1)
+            return Life(exit_code=1, message="connection closed by peer", seconds=0.5)
         return Life(exit_code=137, disrupted="DeletionByTaintManager", seconds=0.1)
 
     with JobController(server, lives) as controller:

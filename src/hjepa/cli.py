@@ -24,7 +24,7 @@ import yaml
 
 from hjepa import __version__
 from hjepa.config import Config, load_config, packaged_configs, parse_yaml, read_source, sha256_json
-from hjepa.errors import HjepaError, PreemptedError, UserError
+from hjepa.errors import HjepaError, UserError
 from hjepa.utils.logging import say
 
 DESCRIPTION = "Self-supervised image pretraining with a hierarchical JEPA, from raw images to a registered encoder."
@@ -48,8 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error = as_hjepa_error(problem)
         if os.environ.get("RANK", "0") == "0":
             report_error("hjepa", error)
-        if os.environ.get("RANK", "0") == "0" or not isinstance(error, PreemptedError):  # all ranks stop with the same
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         if os.environ.get("WORLD_SIZE", "1") != "1":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all ranks at once; this one has its own code
         return error.exit_code

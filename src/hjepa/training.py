@@ -13,7 +13,7 @@ from hjepa.config import Config
 from hjepa.data import create_dataloaders
 from hjepa.data.loader import EvalLoader, ShardDataset
 from hjepa.data.transforms import normalize
-from hjepa.distributed import World, leave, pick_device
+from hjepa.distributed import World, init, leave, on_main, pick_device
 from hjepa.errors import FutileRetryError, PreemptedError, UserError
 from hjepa.evaluation import knn
 from hjepa.losses import HierarchicalLoss
@@ -70,20 +70,18 @@ def train_alone(config: Config, *, resume: str | Path | None = "auto", device: s
         UserError: no such device, no such checkpoint, or images that cannot be used.
     """
     device = device or config.training.device
-    # Both are said before any image is prepared; other ranks than the first need not see the file.
-    pick_device(device, World.from_environment())
-    if resume not in (None, "auto") and World.from_environment().is_main and not Path(resume).is_file():
-        raise UserError(
-            f"--resume {resume}: there is no such file. Expected a checkpoint's path, or auto for the newest one in "
-            f"checkpoint.checkpoint_dir={config.checkpoint.checkpoint_dir}"
-        )
+    world = World.from_environment()
+    chosen = pick_device(device, world)
+    if resume not in (None, "auto"):  # said before any image is prepared; other ranks need not see the file
+        init(world, chosen)
+        on_main(lambda: _require_checkpoint(Path(resume), config), world)
     config = config.model_copy(update={"training": config.training.model_copy(update={"device": device})})
     train_loader, val_loader = create_dataloaders(config)
     images = train_loader.dataset
     labelled = images.manifest["splits"]["train"]["per_class"] is not None
     config = choose_metric(config, labelled=labelled)
     probe = make_probe(config, images, images.manifest, labelled)
-    logs, main = config.logging, World.from_environment().is_main
+    logs, main = config.logging, world.is_main
     logger = MetricsLogger(
         logs.experiment_name,
         logs.log_dir,
@@ -102,6 +100,14 @@ def train_alone(config: Config, *, resume: str | Path | None = "auto", device: s
     if main:
         say(f"done: step {result.step}, {result.images_seen:,} images seen, {result.checkpoint}")
     return result
+
+
+def _require_checkpoint(path: Path, config: Config) -> None:
+    if not path.is_file():
+        raise UserError(
+            f"--resume: no checkpoint at {path}. Expected the path of one, or auto for the newest one in "
+            f"checkpoint.checkpoint_dir={config.checkpoint.checkpoint_dir}"
+        )
 
 
 class JsonLines:

@@ -245,7 +245,7 @@ class _Launch:
                     )
                 self._clean_up(succeeded=True)
                 return found
-            cause = self._cause(seen)
+            cause = view.explain_failure(seen)
             if cause.kind != "preempted" or preemptions >= PREEMPTIONS:
                 self._fail(cause)
             preemptions += 1
@@ -253,18 +253,6 @@ class _Launch:
             self._remove(uid)
             self.guard.sleep(self.pace.recreate)
             uid = self._create_or_adopt()
-
-    def _cause(self, seen: JobView) -> Cause:
-        """Why it failed; the peers of a node that is lost fail a moment before the loss is told."""
-        cause = view.explain_failure(seen)
-        if cause.kind != "other":
-            return cause
-        self.guard.sleep(min(1.0, self.pace.poll))
-        job = self.cluster.get(self.backend.api, self.spec.name)
-        if job is None or job["metadata"]["uid"] != seen.uid:
-            return cause
-        later = view.explain_failure(self._observe(job))
-        return later if later.kind == "preempted" else cause
 
     # -- start --------------------------------------------------------------------------------------------------------
 
