@@ -322,6 +322,7 @@ def test_interrupt__second_one_kills_at_once(start: Start) -> None:
 def test_sigkill__of_the_parent_ends_everything_soon(start: Start, mode: str) -> None:
     process, worker = start(mode)
     assert len(marked()) >= 4  # the parent, KFP, the step, its worker
+    wait_for(lambda: "TMPDIR" in psutil.Process(worker).environ())  # empty while the worker becomes its program
     scratch = Path(psutil.Process(worker).environ()["TMPDIR"])
     assert scratch.name.startswith("hjepa-")
     process.kill()
