@@ -653,9 +653,7 @@ def _refuse_futile_retry(run: Run) -> None:
     Raises:
         FutileRetryError: that of the try before.
     """
-    record: Json = {}
-    with contextlib.suppress(ObjectNotFoundError):
-        record = run.store.get_json(run.key(ERROR))
+    record = _stored(run, ERROR)
     if run.job and record.get("job") == run.job and record.get("exit_code") == FutileRetryError.exit_code:
         say("an earlier try of this pipeline run ended with 13; start the pipeline again to train all the same")
         raise FutileRetryError(record["message"])

@@ -5,20 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from hjepa.adapters.cluster.client import PODS, Cluster, Object, StreamLostError
+from hjepa.adapters.cluster.client import PERSONAL_SECONDS, PODS, Cluster, Object, StreamLostError
 from hjepa.adapters.cluster.launcher import BACKENDS, Backend
 from hjepa.adapters.cluster.view import JobView, PodView
 from hjepa.errors import UserError
 from hjepa.utils.logging import warn
 
-_BUDGET_SECONDS = 60.0
 _TRIES = 5  # of reading a log that breaks off at once
 _LONGEST_PAUSE_SECONDS = 10.0
 
 
 def is_active(name: str, *, backend: str = "auto", namespace: str | None = None) -> bool:
     """Whether a job of this name exists and has not ended."""
-    cluster = Cluster(namespace, budget_seconds=_BUDGET_SECONDS)
+    cluster = Cluster(namespace, budget_seconds=PERSONAL_SECONDS)
     return any(not found.observe(job, []).ended for found, job in _jobs(cluster, name, backend))
 
 
@@ -34,7 +33,7 @@ def log(
     Raises:
         UserError: there is no such job, or it has no pod yet; or a job that has ended has no log.
     """
-    cluster = Cluster(namespace, budget_seconds=_BUDGET_SECONDS)
+    cluster = Cluster(namespace, budget_seconds=PERSONAL_SECONDS)
     found = next(iter(_jobs(cluster, name, backend)), None)
     if found is None:
         of_run = f" (of run {run})" if run else ""

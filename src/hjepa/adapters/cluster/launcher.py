@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from hjepa.adapters.cluster import local, pytorchjob, trainjob, view
 from hjepa.adapters.cluster.client import (
     EVENTS,
+    PERSONAL_SECONDS,
     PODS,
     WORKFLOWS,
     AccessError,
@@ -39,7 +40,6 @@ from hjepa.utils.logging import say, warn
 # A node that is taken away is nobody's fault, but a job that is never left alone for long gets nowhere either.
 PREEMPTIONS = 100
 _CANCEL_SECONDS = 0.3  # for one request of the cancellation; the process may be killed a second after SIGTERM
-_CANCEL_BUDGET_SECONDS = 60.0  # for a cancellation by hand
 _LOG_LINES_PER_SECOND = 100
 _LOG_PAUSE_SECONDS = 30.0  # between two tries to read it, at most
 _LAST_LINES = 50
@@ -180,7 +180,7 @@ def find_owner(cluster: Cluster) -> Owner | None:
 
 def cancel(name: str, *, backend: str = "auto", namespace: str | None = None) -> list[str]:
     """Stop the job of this name, wherever it may be; returns what was deleted, as "kind name"."""
-    cluster = Cluster(namespace, budget_seconds=_CANCEL_BUDGET_SECONDS)
+    cluster = Cluster(namespace, budget_seconds=PERSONAL_SECONDS)
     present = cluster.training_groups()
     deleted = []
     for key, candidate in BACKENDS.items():
