@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hjepa.config import EvaluationConfig
 from hjepa.errors import FutileRetryError, UserError
-from hjepa.evaluation import PROTOCOLS, Features, evaluate_features, extract, knn, linear, raw_pixels
+from hjepa.evaluation import PROTOCOLS, Features, Outcome, evaluate_features, extract, knn, linear, raw_pixels
 from hjepa.evaluation.features import UNLABELLED
 
 CONFIG = EvaluationConfig()
@@ -47,6 +47,11 @@ def split(x: Tensor, y: Tensor) -> tuple[Features, Features]:
     return Features({"0": x[:TRAIN]}, y[:TRAIN]), Features({"0": x[TRAIN:]}, y[TRAIN:])
 
 
+def values(name: str, train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> dict[str, float]:
+    found = PROTOCOLS[name](train_x, train_y, test_x, test_y, CONFIG, CLASSES)
+    return {metric: outcome.value for metric, outcome in found.items()}
+
+
 def nearest(train_x: Tensor, train_y: Tensor, test_x: Tensor, *, k: int = 20, **options: int) -> Tensor:
     return knn.predict(train_x, train_y, test_x, num_classes=CLASSES, k=k, temperature=0.07, **options)
 
@@ -58,7 +63,7 @@ def nearest(train_x: Tensor, train_y: Tensor, test_x: Tensor, *, k: int = 20, **
 def test_protocol__perfect_features_give_100_percent(name: str, digits: tuple[Tensor, Tensor]) -> None:
     _, y = digits
     one_hot = nn.functional.one_hot(y, CLASSES).float()
-    assert set(PROTOCOLS[name](*halves(one_hot, y), CONFIG, CLASSES).values()) == {1.0}
+    assert set(values(name, *halves(one_hot, y)).values()) == {1.0}
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
@@ -68,32 +73,34 @@ def test_protocol__shuffled_labels_give_chance(name: str, digits: tuple[Tensor, 
     tests = len(y) - TRAIN
     # Each answer is right with probability 1/10 whatever the features are: four binomial standard deviations.
     tolerance = 4 * math.sqrt(0.1 * 0.9 / tests)
-    for value in PROTOCOLS[name](*halves(x, y), CONFIG, CLASSES).values():
+    for value in values(name, *halves(x, y)).values():
         assert value == pytest.approx(0.1, abs=tolerance)
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_protocol__one_class_is_always_right(name: str, digits: tuple[Tensor, Tensor]) -> None:
     x, y = digits
-    assert set(PROTOCOLS[name](*halves(x, torch.zeros_like(y)), CONFIG, 1).values()) == {1.0}
+    found = PROTOCOLS[name](*halves(x, torch.zeros_like(y)), CONFIG, 1)
+    assert {outcome.value for outcome in found.values()} == {1.0}
 
 
-@pytest.mark.parametrize("name", PROTOCOLS)
+@pytest.mark.parametrize("name", ["knn", "linear"])
 def test_protocol__class_absent_from_training_is_never_predicted(name: str, digits: tuple[Tensor, Tensor]) -> None:
     x, y = digits
     train_x, train_y, test_x, test_y = halves(x, y)
     seen = train_y != 7
-    value = PROTOCOLS[name](train_x[seen], train_y[seen], test_x, test_y, CONFIG, CLASSES)[f"{name}_top1"]
+    value = values(name, train_x[seen], train_y[seen], test_x, test_y)[f"{name}_top1"]
     assert 0.7 < value <= (test_y != 7).double().mean().item()
 
 
-@pytest.mark.parametrize("name", PROTOCOLS)
+@pytest.mark.parametrize("name", ["knn", "linear"])
 def test_protocol__identical_features_are_no_better_than_the_commonest_class(name: str) -> None:
     train_x, test_x = torch.full((100, 8), 0.1), torch.full((50, 8), 0.1)
     train_y = torch.tensor([3] * 60 + [5] * 40)
     test_y = torch.tensor([3] * 20 + [5] * 30)
-    config = EvaluationConfig(knn_k=100)
-    assert set(PROTOCOLS[name](train_x, train_y, test_x, test_y, config, CLASSES).values()) == {0.4}
+    config = EvaluationConfig(knn_k=100, knn_ks=(100,))
+    found = PROTOCOLS[name](train_x, train_y, test_x, test_y, config, CLASSES)
+    assert {outcome.value for outcome in found.values()} == {0.4}
 
 
 # -- k-NN ------------------------------------------------------------------------------------------------------------
@@ -142,6 +149,15 @@ def test_knn__tiny_temperature_is_the_nearest_neighbour(digits: tuple[Tensor, Te
     assert cold.equal(nearest(train_x, train_y, test_x, k=1))
 
 
+def test_knn__every_k_of_one_search_is_what_its_own_search_finds(digits: tuple[Tensor, Tensor]) -> None:
+    train_x, train_y, test_x, test_y = halves(*digits)
+    found = knn.judge(train_x, train_y, test_x, test_y, CONFIG, CLASSES)
+    for k in (10, 20, 100, 200):
+        assert found[f"knn{k}_top1"].predicted.equal(nearest(train_x, train_y, test_x, k=k))  # type: ignore[union-attr]
+    cheap = knn.evaluate(train_x, train_y, test_x, test_y, CONFIG, CLASSES)
+    assert cheap == {"knn_top1": found["knn20_top1"].value}
+
+
 # -- linear probe ----------------------------------------------------------------------------------------------------
 
 
@@ -182,8 +198,8 @@ def test_linear__chunk_size_changes_nothing_but_rounding(digits: tuple[Tensor, T
 def test_linear__scale_and_shift_of_each_feature_change_nothing(digits: tuple[Tensor, Tensor]) -> None:
     x, y = digits
     scale, shift = torch.linspace(0.1, 100, 64), torch.linspace(-5, 5, 64)
-    moved = linear.evaluate(*halves(x * scale + shift, y), CONFIG, CLASSES)
-    plain = linear.evaluate(*halves(x, y), CONFIG, CLASSES)
+    moved = values("linear", *halves(x * scale + shift, y))
+    plain = values("linear", *halves(x, y))
     assert moved["linear_top1"] == pytest.approx(plain["linear_top1"], abs=2 / (len(y) - TRAIN))
 
 
@@ -280,10 +296,46 @@ def test_table__one_row_per_level_with_every_metric(digits: tuple[Tensor, Tensor
     x, y = digits
     train = Features({"0": x[:TRAIN], "all": x[:TRAIN, :8]}, y[:TRAIN])
     test = Features({"0": x[TRAIN:], "all": x[TRAIN:, :8]}, y[TRAIN:])
-    rows = evaluate_features("trained", train, test, config=CONFIG, num_classes=CLASSES)
+    judged = evaluate_features("trained", train, test, config=CONFIG, num_classes=CLASSES)
+    rows = judged.rows
     assert [(row["encoder"], row["level"]) for row in rows] == [("trained", "0"), ("trained", "all")]
-    assert all(row.keys() == {"encoder", "level", "knn_top1", "linear_top1"} for row in rows)
+    several_seeds = {"low_shot_1pct_top1", "low_shot_10pct_top1"}
+    metrics = {"knn_top1", "knn10_top1", "knn20_top1", "knn100_top1", "knn200_top1", "linear_top1", *several_seeds}
+    metrics |= {"retrieval_map", "retrieval_recall1"}
+    columns = {f"{metric}{end}" for metric in metrics for end in ("", "_low", "_high")}
+    columns |= {f"{metric}_std" for metric in several_seeds}
+    assert all(row.keys() == {"encoder", "level"} | columns for row in rows)
     assert rows[0]["knn_top1"] > rows[1]["knn_top1"] > 0.1  # type: ignore[operator]
+    assert all(row[f"{m}_low"] <= row[m] <= row[f"{m}_high"] for row in rows for m in metrics)  # type: ignore[operator]
+    assert judged.outcomes.keys() == {(level, metric) for level in ("0", "all") for metric in metrics}
+    for (level, metric), per_item in judged.outcomes.items():
+        row = rows[level == "all"]
+        assert per_item.shape == (len(y) - TRAIN,)
+        assert per_item.nanmean().item() == pytest.approx(row[metric], abs=1e-6)
+    correct = judged.predictions["all", "linear_top1"] == test.labels
+    assert correct.equal(judged.outcomes["all", "linear_top1"].bool())
+    assert judged.notes == []
+
+
+def test_table__classes_missing_in_a_split_are_told(digits: tuple[Tensor, Tensor]) -> None:
+    train, test = split(*digits)
+    kept = test.labels < 8
+    few = Features({"0": test.tables["0"][kept]}, test.labels[kept])
+    judged = evaluate_features("trained", train, few, config=CONFIG, num_classes=CLASSES)
+    assert judged.notes == ["2 of 10 classes have no test image: the figures are about the other 8"]
+    assert judged.rows[0]["linear_top1"] > 0.8  # type: ignore[operator]
+    same = Features({"0": train.tables["0"]}, torch.zeros_like(train.labels))
+    notes = evaluate_features("trained", same, same, config=CONFIG, num_classes=1).notes
+    assert notes == ["all training images have one class: an accuracy says nothing about the features"]
+
+
+def test_table__what_other_protocols_found_gets_intervals_too(digits: tuple[Tensor, Tensor]) -> None:
+    train, test = split(*digits)
+    extra = {"0": {"other": Outcome(0.5, (torch.arange(597) % 2).float(), std=0.1)}}
+    row = evaluate_features("trained", train, test, config=CONFIG, num_classes=CLASSES, extra=extra).rows[0]
+    assert row["other"] == 0.5
+    assert row["other_std"] == 0.1
+    assert 0.45 < row["other_low"] < 0.5 < row["other_high"] < 0.55  # type: ignore[operator]
 
 
 def test_table__unlabelled_images_name_the_remedy(digits: tuple[Tensor, Tensor]) -> None:

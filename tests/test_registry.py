@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-from hjepa.adapters.registry import Registration, Score, decide, fetch_export, register
+from hjepa.adapters.gate import Candidate, Score, decide
+from hjepa.adapters.registry import Registration, fetch_export, register
 from hjepa.adapters.s3 import S3Store
 from hjepa.adapters.tracking import Tracker, TrackingError
 from hjepa.config import TrackingConfig, load_config
@@ -126,9 +127,9 @@ def test_decide__champion_only_if_clearly_better_on_the_same_data(
     new: Score, champion: float | None, alias: str, reason: str
 ) -> None:
     rival = None if champion is None else Score(METRIC, champion, DIGEST, "9/9")
-    got_alias, got_reason = decide(new, rival, champion_version=4, margin=MARGIN)
-    assert got_alias == alias
-    assert re.search(reason, got_reason), got_reason
+    got = decide(Candidate(new), rival and Candidate(rival), champion_version=4, margin=MARGIN)
+    assert got.alias == alias
+    assert re.search(reason, got.reason), got.reason
 
 
 def test_register__four_runs_pass_the_gate_one_after_another(shelf: Shelf) -> None:
@@ -335,7 +336,7 @@ def test_pyfunc__colour_images_of_any_size_and_wrong_input(shelf: Shelf, tmp_pat
     assert np.abs(got[:1] - expected(tmp_path / "colour", pictures[:1], 0)).max() < 1e-5
     assert np.abs(got[1:] - expected(tmp_path / "colour", pictures[1:2, :33], 0)).max() < 1e-5
 
-    with pytest.raises(ValueError, match="no level '7': expected one of all, mean, 0, 1"):
+    with pytest.raises(mlflow.MlflowException, match="no level '7': expected one of all, mean, 0, 1, every"):
         loaded.predict(pictures, params={"level": "7"})
     with pytest.raises(mlflow.MlflowException, match="uint8"):
         loaded.predict(pictures.astype(np.float32))

@@ -1,4 +1,4 @@
-"""Probe the frozen encoder beside an untrained one and raw pixels."""
+"""Judge the frozen encoder beside an untrained one and raw pixels, and write the report."""
 
 from kfp import dsl
 
@@ -12,31 +12,33 @@ def evaluate(
     model: dsl.Input[dsl.Model],
     evaluation: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
+    confusion: dsl.Output[dsl.ClassificationMetrics],
     summary: dsl.Output[dsl.Markdown],
+    report: dsl.Output[dsl.HTML],
 ) -> None:
-    """Probe the frozen encoder beside an untrained one and raw pixels.
+    """Judge the frozen encoder beside an untrained one and raw pixels, and write the report.
 
     Args:
         resolved: Output of resolve_config.
         dataset: Output of prepare_data.
         model: Output of export_checkpoint.
         evaluation: The whole result, as JSON.
-        metrics: The same numbers, for the run comparison of the KFP UI.
-        summary: The table of probes, to read in the KFP UI.
+        metrics: The numbers that decide, for the run comparison of the KFP UI.
+        confusion: Of the linear probe on all levels; empty without labels, or where there are more than 100 classes.
+        summary: The table of probes and the links, to read in the KFP UI.
+        report: One page with everything, for people.
     """
-    import json
-
     from hjepa import steps
 
-    values = steps.evaluate(
-        resolved_path=resolved.path, dataset_path=dataset.path, model_path=model.path, evaluation_path=evaluation.path
+    result = steps.evaluate(
+        resolved_path=resolved.path,
+        dataset_path=dataset.path,
+        model_path=model.path,
+        evaluation_path=evaluation.path,
+        summary_path=summary.path,
+        report_path=report.path,
     )
-    for name, value in values.items():
+    for name, value in result["decisive"].items():
         metrics.log_metric(name, value)
-    with open(evaluation.path, encoding="utf-8") as file:
-        table = json.load(file)["table"]
-    columns = list(table[0])
-    rows = [[row.get(column, "") for column in columns] for row in table]
-    rows = [[f"{value:.3f}" if isinstance(value, float) else str(value) for value in row] for row in rows]
-    with open(summary.path, "w", encoding="utf-8") as file:
-        file.writelines("| " + " | ".join(line) + " |\n" for line in [columns, ["---"] * len(columns), *rows])
+    if 0 < len(result.get("classes", ())) <= 100:
+        confusion.log_confusion_matrix(result["classes"], result["confusion"])

@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from hjepa import __version__
+from hjepa import __version__, cli_models
 from hjepa.config import Config, load_config, packaged_configs, parse_yaml, read_source, sha256_json
 from hjepa.errors import HjepaError, UserError
 from hjepa.utils.logging import say
@@ -161,6 +161,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "parameters", nargs="*", metavar="NAME=VALUE", help="pipeline parameters, such as config=default gpus=4"
     )
+
+    cli_models.add_parser(commands)
 
     job = commands.add_parser("job", help="Training as a job of a Kubernetes cluster: PyTorchJob or TrainJob.")
     actions = job.add_subparsers(title="actions", metavar="ACTION", required=True)
@@ -551,13 +553,13 @@ def evaluate(options: argparse.Namespace) -> None:
     from hjepa import steps
 
     files = _files(options, "dataset", "model")
-    metrics = steps.evaluate(
+    result = steps.evaluate(
         resolved_path=files["resolved"],
         dataset_path=files["dataset"],
         model_path=files["model"],
         evaluation_path=files["evaluation"],
     )
-    for name, value in sorted(metrics.items()):
+    for name, value in sorted(result["metrics"].items()):
         say(f"{name} {value:.4f}")
 
 

@@ -163,11 +163,35 @@ class EvaluationConfig(Section):
     train_samples: Count | None = None  # the first n of the train split are the labelled set; null takes all
     test_samples: Count | None = None
     batch_size: Count = 256
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2)
+    bootstrap_resamples: Count = 1000  # of the test items, behind every 95 % interval
     knn_k: Count = 20
+    knn_ks: tuple[Count, ...] = (10, 20, 100, 200)  # reported beside knn_k, from the same search
     knn_temperature: Positive = 0.07
-    linear_l2: NonNegative = 1e-4  # penalty per squared weight of the linear probe
+    # Penalties per squared weight of the linear probe; the one that held-out training images prefer is taken.
+    linear_l2: Annotated[tuple[NonNegative, ...], Field(min_length=1)] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
     linear_iterations: Count = 60
+    attentive_lr: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1e-3, 4e-3)
+    attentive_weight_decay: Annotated[tuple[NonNegative, ...], Field(min_length=1)] = (0.01, 1.0)
+    attentive_heads: Count = 4  # attention heads of the attentive probe; they must divide the embedding
+    attentive_epochs: Count = 5
+    token_cache_gb: NonNegative = 4.0  # tokens of one split kept in memory; more are computed anew in every epoch
+    retrieval_queries: Count = 1000  # test images that look for images of their class
+    retrieval_gallery: Count = 5000  # training images among which they look
+    dense_retrieval_queries: Count = 200  # likewise, comparing cell by cell
+    dense_retrieval_gallery: Count = 1000
+    view_images: Count = 500  # images behind the alignment and LiDAR
+    views: Annotated[int, Field(ge=2)] = 8  # random crops of each
+    view_scale: Range = (0.5, 1.0)  # area share of such a crop
     primary_metric: str = "eval/linear_top1"  # what the champion is chosen by
+
+    @field_validator("linear_l2", mode="before")
+    @classmethod
+    def _one_penalty(cls, value: Any) -> Any:
+        """A single number is a grid of one."""
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return (value,)
+        return tuple(value) if isinstance(value, list) else value  # strict: a validated value is no longer JSON
 
 
 class ExportConfig(Section):

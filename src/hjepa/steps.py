@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -76,7 +76,8 @@ MLFLOW_FORWARDED = ("MLFLOW_EXPERIMENT_ID", "MLFLOW_WORKSPACE", "MLFLOW_TRACKING
 JOB = "job.json"  # the training job that was launched for the run
 ERROR = "error.json"  # why the run's last try failed
 DECISIVE = ("knn_top1", "linear_top1", "rankme")
-PIXELS = 32  # side of the raw-pixel baseline; a linear probe on more would not fit into memory
+REPORT = "report.html"
+JOURNAL = "metrics.jsonl"
 
 
 def step(function: Callable[P, T]) -> Callable[P, T]:
@@ -577,7 +578,7 @@ def _train(run: Run, dataset: Json, resume: str, device: str, world: World) -> J
         return {}
     uploads = CheckpointUploads(run, dataset, folder, keep_best_n=config.checkpoint.keep_best_n)
     uploads.fetch_newer()
-    stream = MetricStream(run.tracking_uri, run.mlflow_run_id, logs / "metrics.jsonl")
+    stream = MetricStream(run.tracking_uri, run.mlflow_run_id, logs / JOURNAL)
     logger = MetricsLogger(
         run.name,
         logs / "tensorboard",
@@ -585,7 +586,7 @@ def _train(run: Run, dataset: Json, resume: str, device: str, world: World) -> J
         use_wandb=config.logging.wandb.enabled,
         use_tensorboard=config.logging.tensorboard.enabled,
         wandb_project=config.logging.wandb.project,
-        sinks=[NewOnly(stream, logs / "metrics.jsonl")],
+        sinks=[NewOnly(stream, logs / JOURNAL)],
     )
     trainer = training.build_trainer(
         config, loader, device=device, resume=resume, probe=probe, logger=logger, on_saved=uploads.upload
@@ -596,7 +597,7 @@ def _train(run: Run, dataset: Json, resume: str, device: str, world: World) -> J
         uploads.close(timeout_seconds=15)  # within the grace period of a pod that is told to stop
         raise
     finally:
-        _close_stream(stream, logs / "metrics.jsonl", run)
+        _close_stream(stream, logs / JOURNAL, run)
         _upload_logs(run, logs)
     for picture in sorted((logs / "pictures").glob("*.png")):
         run.tracker.log_artifact(picture)
@@ -934,11 +935,23 @@ def _export(run: Run, dataset: Json, checkpoint: Json, folder: Path) -> Json:
 
 
 @step
-def evaluate(*, resolved_path: str, dataset_path: str, model_path: str, evaluation_path: str) -> dict[str, float]:
-    """Probe the exported encoder beside an untrained one of the same shape and seed, and raw pixels, on one split.
+def evaluate(
+    *,
+    resolved_path: str,
+    dataset_path: str,
+    model_path: str,
+    evaluation_path: str,
+    summary_path: str | None = None,
+    report_path: str | None = None,
+) -> Json:
+    """Judge the exported encoder beside an untrained one of the same shape and seed, and raw pixels, on one split.
+
+    Args:
+        summary_path: Where the table and the links are written too, as Markdown.
+        report_path: Where the report is written too, one HTML page; it is always kept in S3 and MLflow.
 
     Returns:
-        The flat metrics, as they are logged to MLflow.
+        The manifest, with ``decisive``: the few metrics that two runs are compared by.
     """
     run = Run.read(resolved_path)
     dataset = read_manifest(dataset_path, "dataset")
@@ -948,94 +961,123 @@ def evaluate(*, resolved_path: str, dataset_path: str, model_path: str, evaluati
         "dataset": dataset["digest"],
         "evaluation": run.config.evaluation.model_dump(mode="json"),
     }
-    if (manifest := run.finished("evaluate", inputs)) is None:
-        with tempfile.TemporaryDirectory() as folder:
-            manifest = _evaluate(run, dataset, model, Path(folder))
-        # Step 0 makes MLflow draw them as bars beside each other; at the last step each would be a lonely dot.
-        found = manifest["metrics"]
-        # The compare page shows the first few names of the alphabet without scrolling: those that decide belong there.
-        best = {f"best/{name}": found[f"eval/{name}"] for name in DECISIVE if f"eval/{name}" in found}
-        run.tracker.log_metrics_now(found | best, 0)
-        columns = {name: [row.get(name, "") for row in manifest["table"]] for name in manifest["table"][0]}
-        run.tracker.log_table("evaluation.json", columns)
-        run.record("evaluate", inputs, manifest)
-    metrics: dict[str, float] = manifest["metrics"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        page = folder / REPORT
+        if (manifest := run.finished("evaluate", inputs)) is None:
+            manifest = _evaluate(run, dataset, model, folder)
+            _track_evaluation(run, manifest, page)
+            run.record("evaluate", inputs, manifest)
+        elif report_path is not None:
+            run.store.download(run.key(REPORT), page)
+        if report_path is not None:
+            shutil.copyfile(page, report_path)
+    if summary_path is not None:
+        Path(summary_path).write_text(evaluation_summary(manifest), "utf-8")
     run.hand_over("evaluation", evaluation_path, manifest)
-    return metrics
+    say(f"report: {manifest['report']}")
+    return manifest
+
+
+def _track_evaluation(run: Run, manifest: Json, page: Path) -> None:
+    # Step 0 makes MLflow draw them as bars beside each other; at the last step each would be a lonely dot.
+    # The compare page shows the first few names of the alphabet without scrolling: those that decide belong there.
+    run.tracker.log_metrics_now(manifest["metrics"] | manifest["decisive"], 0)
+    columns = _columns(manifest["table"])
+    run.tracker.log_table(
+        "evaluation.json", {name: [row.get(name, "") for row in manifest["table"]] for name in columns}
+    )
+    run.tracker.log_artifact(page)
+
+
+def _columns(table: Sequence[Json]) -> list[str]:
+    """The union of the rows' columns, in order: not every protocol fits every row."""
+    return list(dict.fromkeys(name for row in table for name in row))
+
+
+def evaluation_summary(manifest: Json) -> str:
+    """The table of the evaluation, with 95 % intervals, and its links, as Markdown."""
+    table = manifest["table"]
+    ends = ("_low", "_high", "_std")
+    columns = [name for name in _columns(table) if not name.endswith(ends)]
+
+    def cell(row: Json, name: str) -> str:
+        value = row.get(name, "")
+        if not isinstance(value, float):
+            return str(value)
+        interval = f" ({row[f'{name}_low']:.3f} to {row[f'{name}_high']:.3f})" if f"{name}_low" in row else ""
+        return f"{value:.3f}{interval}"
+
+    lines = [columns, ["---"] * len(columns), *([cell(row, name) for name in columns] for row in table)]
+    text = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    facts = [f"collapse: {manifest['collapse']}"] if manifest["collapse"] else []
+    facts += [f"note: {note}" for note in manifest["notes"]]
+    facts += [f"[{name}]({address})" for name, address in manifest["links"].items()]
+    return text + "".join(f"\n{fact}\n" for fact in facts)
 
 
 def _evaluate(run: Run, dataset: Json, model: Json, folder: Path) -> Json:
-    from hjepa import evaluation, export, training
+    """The manifest; the report lies in ``folder`` and in S3."""
+    from hjepa import export, judging
     from hjepa.distributed import World, pick_device
-    from hjepa.utils.collapse import collapse_metrics
+    from hjepa.report import Report, read_journal, render
 
     config = run.config
     key = run.store.key_of(model["uri"])
     for file, facts in model["files"].items():
         run.store.download(f"{key}/{file}", folder / file, sha256=facts["sha256"])
+    journal: list[Json] = []
+    with contextlib.suppress(ObjectNotFoundError):  # a run whose logs could not be uploaded has no curves
+        run.store.download(run.key(JOURNAL), folder / JOURNAL)
+        journal = read_journal(folder / JOURNAL)
     # A pod that evaluates need not have the GPUs that training had.
     device = pick_device("cpu" if config.training.device == "cpu" else "auto", World())
-    splits = {"train": config.evaluation.train_samples, "test": config.evaluation.test_samples}
-    present = {
-        name: _open_split(run, dataset, name) for name in splits if dataset["splits"].get(name, {}).get("samples")
-    }
-
-    def batches(split: str) -> Iterator[Any]:
-        return training.eval_batches(config, present[split], splits[split])
-
     encoders = {
         "trained": export.load_export(folder),
         "random init": export.untrained_encoder(config, **dataset["statistics"]),
     }
-    labelled = "test" in present and all(dataset["splits"][name]["per_class"] is not None for name in splits)
-    table: list[Json] = []
-    metrics: dict[str, float] = {}
-    for name, encoder in encoders.items():
-        say(f"embedding with the {name} encoder")
-        features = {split: evaluation.extract(encoder, batches(split), device) for split in present}
-        judged = features["test" if "test" in present else "train"].tables
-        quality = {level: collapse_metrics(judged[level][:5000]) for level in judged}
-        if labelled:
-            rows = evaluation.evaluate_features(
-                name, **features, config=config.evaluation, num_classes=len(dataset["classes"])
-            )
-        else:
-            rows = [{"encoder": name, "level": level} for level in judged]
-        table += [{**row, **quality[str(row["level"])]} for row in rows]
-    if labelled:
-        say("judging raw pixels")
-        pixels = {
-            split: evaluation.raw_pixels(batches(split), min(config.data.image_size, PIXELS)) for split in present
-        }
-        table += evaluation.evaluate_features(
-            "raw pixels", **pixels, config=config.evaluation, num_classes=len(dataset["classes"])
-        )
-    else:
-        say("the data set has no labels in both splits: label-free measures only, no k-NN and no linear probe")
-    prefixes = {"trained": "eval", "random init": "reference/random", "raw pixels": "reference/pixels"}
-    for row in table:
-        level = row["level"]
-        prefix = prefixes[row["encoder"]] + {"all": "", "-": "", "mean": "/mean"}.get(level, f"/level_{level}")
-        metrics |= {f"{prefix}/{key}": value for key, value in row.items() if key not in {"encoder", "level"}}
-    for name in ("knn_top1", "linear_top1", "mean/knn_top1", "mean/linear_top1"):
-        if f"eval/{name}" in metrics:
-            metrics[f"gain/{name}"] = metrics[f"eval/{name}"] - metrics[f"reference/random/{name}"]
-    primary = config.evaluation.primary_metric if labelled else "eval/rankme"
-    if primary not in metrics:
-        raise UserError(
-            f"evaluation.primary_metric={primary} is not measured; choose one of {', '.join(sorted(metrics))}"
-        )
-    sizes = {name: min(splits[name] or len(images), len(images)) for name, images in present.items()}
-    return {
-        "schema": SCHEMA,
-        "primary_metric": {"name": primary, "value": metrics[primary]},
-        "metrics": metrics,
-        "table": table,
-        "split": {**sizes, "dataset_digest": dataset["digest"]},
-        "model_digest": model["digest"],
-        # What a score depends on; scores of other settings are not comparable.
-        "settings": config.evaluation.model_dump(mode="json", exclude={"batch_size", "primary_metric"}),
+    images = {
+        name: _open_split(run, dataset, name)
+        for name in ("train", "test")
+        if dataset["splits"].get(name, {}).get("samples")
     }
+    judged = judging.judge(config, dataset, encoders, images, device=str(device), journal=journal)
+    metrics = judged.manifest["metrics"]
+    manifest = {
+        "schema": SCHEMA,
+        "model_digest": model["digest"],
+        **judged.manifest,
+        "decisive": {f"best/{name}": metrics[f"eval/{name}"] for name in DECISIVE if f"eval/{name}" in metrics},
+        "report": run.store.uri(run.key(REPORT)),
+        "links": _links(run),
+    }
+    page = render(
+        Report(
+            run=run.name,
+            made_at=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+            dataset=dataset,
+            checkpoint=model["checkpoint"],
+            model=model,
+            evaluation=manifest,
+            config=dump_yaml(config),
+            curves=journal,
+            links=manifest["links"] | {"report": manifest["report"], "model": model["uri"]},
+            reproduce=f"hjepa run --config FILE --run {run.name}-again  # FILE: the configuration below",
+            pictures=judged.pictures,
+        )
+    )
+    (folder / REPORT).write_text(page, "utf-8")
+    run.store.put_file(run.key(REPORT), folder / REPORT, sha256=file_sha256(folder / REPORT))
+    return manifest
+
+
+def _links(run: Run) -> dict[str, str]:
+    """The MLflow run's page, if the server says which it is: without it the numbers are no worse."""
+    try:
+        return {"MLflow run": run.tracker.url}
+    except HjepaError as error:
+        warn(f"the report has no link to MLflow: {error}")
+        return {}
 
 
 # -- register --------------------------------------------------------------------------------------------------------

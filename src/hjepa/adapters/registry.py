@@ -6,19 +6,35 @@ A version holds the export itself (safetensors and JSON), ``model.json`` with th
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hjepa
+from hjepa.adapters.gate import (
+    CHALLENGER,
+    CHAMPION,
+    CHECKS_TAG,
+    COLLAPSE_TAG,
+    GATE_TAGS,
+    INTERVAL_TAG,
+    OUTCOMES_TAG,
+    Candidate,
+    Outcomes,
+    Score,
+    Verdict,
+    decide,
+    describe_check,
+    interval_tag,
+)
 from hjepa.adapters.tracking import (
     RUN_TAG,
     Tracker,
@@ -33,25 +49,22 @@ from hjepa.utils.files import file_sha256
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion
-
-CHAMPION = "champion"
-CHALLENGER = "challenger"
 
 _EXPORT = "artifacts/export"  # where an MLflow model directory holds the export
 _MANIFEST = "model.json"
+_OUTCOMES = "outcomes.json"  # beside it in the MLflow model: what the next version is compared with
 _MODEL_NAME = "encoder"
 _EXAMPLE_PIXELS = 32
+_TAG_CHARACTERS = 5000  # the longest tag that MLflow servers of every version take
 
 _EXPORT_TAG = "hjepa.export_digest"
-_DATASET_TAG = "hjepa.dataset_digest"
-_SPLIT_TAG = "hjepa.split"
-_SETTINGS_TAG = "hjepa.evaluation_settings"
-_METRIC_TAG = "hjepa.primary_metric"
-_VALUE_TAG = "hjepa.primary_value"
 _DECISION_TAG = "hjepa.decision"
 _REASON_TAG = "hjepa.reason"
 _CLAIM_TAG = "hjepa.claim"  # set before the alias is moved: registrations at the same time see each other by it
+PREVIOUS_TAG = "hjepa.previous_champion"  # on a champion: the version that was it before
+MARGIN_TAG = "hjepa.gate.margin"
 
 
 @dataclass(frozen=True)
@@ -62,98 +75,6 @@ class Registration:
     reason: str
     champion_version: int | None
     url: str
-
-
-@dataclass(frozen=True)
-class Score:
-    """What the gate compares, and what must be equal for the comparison to mean anything."""
-
-    metric: str
-    value: float
-    dataset_digest: str
-    split: str  # "train/test" sample counts of the evaluation
-    settings: str = ""  # digest of the evaluation's settings; empty where none were recorded
-
-    @classmethod
-    def of_evaluation(cls, evaluation: Mapping[str, Any], primary_metric: str) -> Score:
-        metrics = evaluation["metrics"]
-        if primary_metric not in metrics:
-            raise UserError(
-                f"evaluation.primary_metric is {primary_metric!r}, which the evaluation did not measure; "
-                f"choose one of {', '.join(sorted(metrics))}"
-            )
-        split = evaluation["split"]
-        return cls(
-            metric=primary_metric,
-            value=float(metrics[primary_metric]),
-            dataset_digest=str(split["dataset_digest"]),
-            split=f"{split['train']}/{split.get('test', 0)}",
-            settings=sha256_json(evaluation["settings"])[:16] if "settings" in evaluation else "",
-        )
-
-    @classmethod
-    def of_version(cls, version: ModelVersion) -> Score | None:
-        """None for a version that something else registered."""
-        tags = version.tags
-        try:
-            return cls(
-                metric=tags[_METRIC_TAG],
-                value=float(tags[_VALUE_TAG]),
-                dataset_digest=tags[_DATASET_TAG],
-                split=tags[_SPLIT_TAG],
-                settings=tags.get(_SETTINGS_TAG, ""),
-            )
-        except (KeyError, ValueError):
-            return None
-
-    @property
-    def tags(self) -> dict[str, str]:
-        return {
-            _METRIC_TAG: self.metric,
-            _VALUE_TAG: repr(self.value),
-            _DATASET_TAG: self.dataset_digest,
-            _SPLIT_TAG: self.split,
-            _SETTINGS_TAG: self.settings,
-        }
-
-    def comparable(self, other: Score) -> bool:
-        return replace(self, value=0.0) == replace(other, value=0.0)
-
-
-def decide(new: Score, champion: Score | None, *, champion_version: int | None, margin: float) -> tuple[str, str]:
-    """(alias, reason) for a new version, given the present champion (version None: there is none)."""
-    measured = f"{new.metric} {new.value:.4f}"
-    if math.isnan(new.value):
-        return CHALLENGER, f"{new.metric} is not a number"
-    if champion_version is None:
-        return CHAMPION, f"{measured}; the first version"
-    rival = f"version {champion_version}"
-    if champion is None:
-        return CHALLENGER, f"{measured}; {rival} is the champion and carries no hjepa scores to compare with"
-    if champion.metric != new.metric:
-        return (
-            CHALLENGER,
-            f"{measured}; the champion ({rival}) was chosen by {champion.metric}, which is not comparable",
-        )
-    if champion.dataset_digest != new.dataset_digest:
-        return CHALLENGER, (
-            f"{measured} on dataset {new.dataset_digest[:12]}; the champion ({rival}) was measured on dataset "
-            f"{champion.dataset_digest[:12]}, so the two are not comparable"
-        )
-    if champion.split != new.split:
-        return CHALLENGER, (
-            f"{measured} on {new.split} train/test images; the champion ({rival}) was measured on {champion.split}, "
-            "so the two are not comparable"
-        )
-    if champion.settings != new.settings:
-        return CHALLENGER, (
-            f"{measured} with evaluation settings {new.settings or 'unknown'}; the champion ({rival}) was measured "
-            f"with {champion.settings or 'unknown'} ones, so the two are not comparable"
-        )
-    change = f"{new.value - champion.value:+.4f} against {champion.value:.4f} of {rival}"
-    if math.isnan(champion.value) or new.value > champion.value + margin:
-        return CHAMPION, f"{measured}: {change}, more than the margin of {margin:g}"
-    return CHALLENGER, f"{measured}: {change}, not more than the margin of {margin:g}"
 
 
 # -- registering -------------------------------------------------------------------------------------------------------
@@ -187,7 +108,8 @@ def register(
     """
     if not name or re.search(r"[/:.%\"'@]", name):
         raise UserError(f"tracking.registered_model must be a name without / : . % @ or quotes, got {name!r}")
-    score = Score.of_evaluation(evaluation, primary_metric)
+    new = Candidate.of_manifests(model, evaluation, primary_metric)
+    tags = {**new.tags, INTERVAL_TAG: interval_tag(evaluation, primary_metric), OUTCOMES_TAG: _digest(new.outcomes)}
     verify_files(export_dir, model)
     action = f"register the encoder as {name!r}"
     with http_patience(timeout_seconds=120, retries=5), server_errors(tracker.uri, action):
@@ -196,109 +118,171 @@ def register(
         run_name = run.data.tags.get(RUN_TAG) or run.info.run_name or tracker.run_id
         version = _version_of(client, name, tracker.run_id, str(model["digest"]))
         if version is None:
-            _create_name(client, name)
             model_id = _log_model(client, tracker, run_name=run_name, export_dir=export_dir, model=model)
-            step = int(model["checkpoint"]["images_seen"])
-            log_metrics(client, tracker.run_id, evaluation["metrics"], step, model_id=model_id)
+            _log_evaluation(client, tracker, model_id, new.outcomes, model=model, evaluation=evaluation)
+            _create_name(client, name)
             version = client.create_model_version(
                 name,
                 source=f"models:/{model_id}",
                 run_id=tracker.run_id,
                 model_id=model_id,
-                tags={RUN_TAG: run_name, _EXPORT_TAG: str(model["digest"]), **score.tags},
+                tags={RUN_TAG: run_name, _EXPORT_TAG: str(model["digest"]), **tags},
                 await_creation_for=0,
             )
-        elif any(version.tags.get(tag, "") != value for tag, value in score.tags.items()):
-            version = _rescored(client, tracker, version, score, model=model, evaluation=evaluation)
+        elif any(version.tags.get(tag, "") != value for tag, value in tags.items()):
+            _log_evaluation(client, tracker, model_id_of(version), new.outcomes, model=model, evaluation=evaluation)
+            version = _rescored(client, version, tags)
         number = int(version.version)
         if _DECISION_TAG not in version.tags:
-            alias, reason = _decided(client, name, version, score, margin)
-            text = describe(run_name, model, evaluation, decision=f"{alias}: {reason}", name=name, version=number)
+            verdict = _decided(client, tracker.uri, version, new, margin)
+            text = describe(run_name, model, evaluation, verdict=verdict, name=name, version=number)
             client.update_model_version(name, str(number), description=text)
             # Last, so that a kill before this decides and describes anew.
-            client.set_model_version_tag(name, str(number), _DECISION_TAG, alias)
+            client.set_model_version_tag(name, str(number), _DECISION_TAG, verdict.alias)
         else:
-            alias, reason = version.tags[_DECISION_TAG], version.tags[_REASON_TAG]
-        present = _champion(client, name)
+            verdict = Verdict(version.tags[_DECISION_TAG], version.tags[_REASON_TAG])
+        present = champion_of(client, name)
     return Registration(
         name=name,
         version=number,
-        alias=alias,
-        reason=reason,
+        alias=verdict.alias,
+        reason=verdict.reason,
         champion_version=int(present.version) if present else None,
         url=f"{tracker.uri}/#/models/{name}/versions/{number}?workflowType=machine_learning",
     )
 
 
-def _rescored(
+def _digest(outcomes: Outcomes | None) -> str:
+    return hashlib.sha256(outcomes.text.encode()).hexdigest() if outcomes else ""
+
+
+def _log_evaluation(
     client: MlflowClient,
     tracker: Tracker,
-    version: ModelVersion,
-    score: Score,
+    model_id: str,
+    outcomes: Outcomes | None,
     *,
     model: Mapping[str, Any],
     evaluation: Mapping[str, Any],
-) -> ModelVersion:
-    """The version with the scores of another evaluation, and no longer with a decision."""
+) -> None:
+    """Metrics and outcomes, beside the model. Outcomes count once the version has a tag with their digest."""
     step = int(model["checkpoint"]["images_seen"])
-    log_metrics(client, tracker.run_id, evaluation["metrics"], step, model_id=version.model_id)
+    log_metrics(client, tracker.run_id, evaluation["metrics"], step, model_id=model_id)
+    if outcomes:
+        with tempfile.TemporaryDirectory(prefix="hjepa-register-") as temporary:
+            path = Path(temporary) / _OUTCOMES
+            path.write_text(outcomes.text, "utf-8")
+            client.log_model_artifact(model_id, str(path))
+
+
+def _rescored(client: MlflowClient, version: ModelVersion, tags: Mapping[str, str]) -> ModelVersion:
+    """The version with the scores of another evaluation, and no longer with a decision."""
     # The decision goes first: a kill must not leave the old one beside the new scores.
-    for tag in (_DECISION_TAG, _REASON_TAG, _CLAIM_TAG):
+    for tag in (_DECISION_TAG, _REASON_TAG, _CLAIM_TAG, *GATE_TAGS):
         if tag in version.tags:
             client.delete_model_version_tag(version.name, version.version, tag)
-    for tag, value in score.tags.items():
+    for tag, value in tags.items():
         client.set_model_version_tag(version.name, version.version, tag, value)
     return client.get_model_version(version.name, version.version)
 
 
-def _decided(client: MlflowClient, name: str, version: ModelVersion, score: Score, margin: float) -> tuple[str, str]:
-    """Alias and reason of a version, both written to the server."""
-    number = str(version.version)
+def candidate_of(client: MlflowClient, server: str, version: ModelVersion) -> Candidate | None:
+    """What the gate knows of a version that is registered; None if something else registered it."""
+    score = Score.of_version(version)
+    if score is None:
+        return None
+    tags = version.tags
+    return Candidate(
+        score=score,
+        outcomes=_stored_outcomes(client, server, version),
+        collapse=tags.get(COLLAPSE_TAG, ""),
+        checks=json.loads(tags.get(CHECKS_TAG) or "{}"),
+    )
+
+
+def _stored_outcomes(client: MlflowClient, server: str, version: ModelVersion) -> Outcomes | None:
+    """None where there are none, or those of another evaluation than the version's scores, as after a kill."""
+    from mlflow.artifacts import download_artifacts, list_artifacts
+
+    expected = version.tags.get(OUTCOMES_TAG)
+    if not expected:
+        return None
+    base = str(client.get_model_version_download_uri(version.name, version.version))
+    if _OUTCOMES not in {Path(item.path).name for item in list_artifacts(artifact_uri=base, tracking_uri=server)}:
+        return None
+    with tempfile.TemporaryDirectory(prefix="hjepa-register-") as temporary:
+        found = download_artifacts(artifact_uri=f"{base}/{_OUTCOMES}", dst_path=temporary, tracking_uri=server)
+        data = Path(found).read_bytes()
+    if hashlib.sha256(data).hexdigest() != expected:
+        return None
+    return Outcomes.of_json(json.loads(data))
+
+
+def _decided(client: MlflowClient, server: str, version: ModelVersion, new: Candidate, margin: float) -> Verdict:
+    """The verdict on a version, written to the server."""
+    name, number, score = version.name, str(version.version), new.score
     # Before the champion is read: what is decided by now has moved the alias, and is done.
-    done = {str(other.version) for other in _versions(client, name) if _DECISION_TAG in other.tags}
-    present = _champion(client, name)
+    done = {str(other.version) for other in versions_of(client, name) if _DECISION_TAG in other.tags}
+    present = champion_of(client, name)
     if present is not None and str(present.version) == number:
         # A kill came after the alias was moved, or the champion was evaluated again.
-        alias = CHAMPION
         reason = version.tags.get(_REASON_TAG) or (
-            f"{score.metric} {score.value:.4f} in another evaluation; it was the champion already and stays it"
+            f"{new.obstacle or f'{score.metric} {score.value:.4f}'} in another evaluation; "
+            "it was the champion already and stays it"
         )
+        numbers = {tag: version.tags[tag] for tag in GATE_TAGS if tag in version.tags}
+        verdict = Verdict(CHAMPION, reason, {MARGIN_TAG: repr(margin), **numbers})
     else:
-        alias, reason = decide(
-            score,
-            Score.of_version(present) if present else None,
+        verdict = decide(
+            new,
+            candidate_of(client, server, present) if present else None,
             champion_version=int(present.version) if present else None,
             margin=margin,
         )
-    client.set_model_version_tag(name, number, _REASON_TAG, reason)
-    if alias == CHAMPION:
+    for tag, value in {**verdict.numbers, _REASON_TAG: verdict.reason}.items():
+        client.set_model_version_tag(name, number, tag, value[:_TAG_CHARACTERS])
+    if verdict.alias == CHAMPION:
+        if present is not None and str(present.version) != number:
+            client.set_model_version_tag(name, number, PREVIOUS_TAG, str(present.version))
         client.set_model_version_tag(name, number, _CLAIM_TAG, CHAMPION)
         client.set_registered_model_alias(name, CHAMPION, number)
         lost = _settle(client, name, version, score, done=done)
         if lost is None:
-            return alias, reason
-        alias, reason = CHALLENGER, lost
-        client.set_model_version_tag(name, number, _REASON_TAG, reason)
-    client.set_registered_model_alias(name, alias, number)
-    return alias, reason
+            return verdict
+        verdict = Verdict(CHALLENGER, lost, verdict.numbers)
+        client.set_model_version_tag(name, number, _REASON_TAG, lost)
+        if present is not None:
+            _leave_out(client, name, number, before=str(present.version))
+    client.set_registered_model_alias(name, CHALLENGER, number)
+    return verdict
+
+
+def _leave_out(client: MlflowClient, name: str, number: str, *, before: str) -> None:
+    """Takes a version that had the alias for a moment alone out of the champions that a rollback goes back to."""
+    client.delete_model_version_tag(name, number, PREVIOUS_TAG)
+    present = champion_of(client, name)
+    if present is not None and present.tags.get(PREVIOUS_TAG) == number:
+        client.set_model_version_tag(name, present.version, PREVIOUS_TAG, before)
 
 
 def _settle(client: MlflowClient, name: str, version: ModelVersion, score: Score, *, done: set[str]) -> str | None:
     """Makes the best of those the champion that claimed it at the same time; the reason if that is not ``version``.
 
     MLflow cannot move an alias on a condition, so the last of two writers wins, whatever its score. But each claims
-    before it moves the alias and looks for other claims afterwards, so the later of the two sees both.
+    before it moves the alias and looks for other claims afterwards, so the later of the two sees both. Only a version
+    that the gate let through claims; which of two such is better is then a matter of the score alone, so that both
+    come to the same answer.
     """
     number = str(version.version)
     best, best_score = number, score
-    for rival in _versions(client, name):
+    for rival in versions_of(client, name):
         rival_score = Score.of_version(rival)
         if _CLAIM_TAG not in rival.tags or str(rival.version) in done or rival_score is None:
             continue
         if rival_score.comparable(score):
             first = (rival_score.value, -int(rival.version)) > (best_score.value, -int(best))
             best, best_score = (str(rival.version), rival_score) if first else (best, best_score)
-    present = _champion(client, name)
+    present = champion_of(client, name)
     if present is None or str(present.version) != best:
         client.set_registered_model_alias(name, CHAMPION, best)
     if best == number:
@@ -309,11 +293,25 @@ def _settle(client: MlflowClient, name: str, version: ModelVersion, score: Score
     )
 
 
-def _versions(client: MlflowClient, name: str) -> list[ModelVersion]:
-    return list(client.search_model_versions(f"name = '{name}'"))
+def model_id_of(version: ModelVersion) -> str:
+    """The logged model behind a version that hjepa registered; the server does not always say it in so many words."""
+    return str(version.model_id or str(version.source).removeprefix("models:/"))
 
 
-def _champion(client: MlflowClient, name: str) -> ModelVersion | None:
+def versions_of(client: MlflowClient, name: str) -> list[ModelVersion]:
+    """In no order. The server's pages are read to their end."""
+    found: list[ModelVersion] = []
+    page = None
+    while True:
+        part = client.search_model_versions(f"name = '{name}'", page_token=page)
+        found += part
+        page = part.token
+        if not page:
+            return found
+
+
+def champion_of(client: MlflowClient, name: str) -> ModelVersion | None:
+    """The version that has the alias now. Raises MlflowException if there is no such name, or its version is gone."""
     number = client.get_registered_model(name).aliases.get(CHAMPION)
     return client.get_model_version(name, number) if number is not None else None
 
@@ -341,7 +339,7 @@ def _log_model(
     """Uploads the export as an MLflow model that loads itself; returns the id of the logged model."""
     import mlflow.pyfunc
     import numpy as np
-    from mlflow.entities import LoggedModelOutput
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
@@ -351,17 +349,22 @@ def _log_model(
     ramp = np.add.outer(np.arange(pixels), np.arange(pixels)) * 255 // max(1, 2 * pixels - 2)
     example = np.broadcast_to(ramp.reshape(1, pixels, pixels, *([1] * len(colour))), (1, pixels, pixels, *colour))
     signature = ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, -1, -1, *colour))]),
+        # Of type object, since the column may be arrays or encoded files; pyfunc.py checks what is in it.
+        inputs=Schema([TensorSpec(np.dtype("object"), (-1,), name="image")]),
         outputs=Schema([TensorSpec(np.dtype("float32"), (-1, -1))]),
         params=ParamSchema([ParamSpec("level", "string", "all")]),
     )
-    logged = client.create_logged_model(
-        tracker.experiment_id,
-        name=_MODEL_NAME,
-        source_run_id=tracker.run_id,
-        tags={RUN_TAG: run_name, _EXPORT_TAG: str(model["digest"])},
-        model_type="encoder",
-    )
+    logged = _begun(client, tracker, str(model["digest"]))
+    if logged is None:
+        logged = client.create_logged_model(
+            tracker.experiment_id,
+            name=_MODEL_NAME,
+            source_run_id=tracker.run_id,
+            tags={RUN_TAG: run_name, _EXPORT_TAG: str(model["digest"])},
+            model_type="encoder",
+        )
+    if logged.status == LoggedModelStatus.READY:
+        return str(logged.model_id)
     with tempfile.TemporaryDirectory(prefix="hjepa-register-") as temporary:
         staged = Path(temporary) / "export"
         staged.mkdir()
@@ -384,9 +387,18 @@ def _log_model(
             ),
         )
         client.log_model_artifacts(logged.model_id, str(folder))
-    client.finalize_logged_model(logged.model_id, "READY")
-    client.log_outputs(tracker.run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    known = client.get_run(tracker.run_id).outputs
+    if logged.model_id not in {item.model_id for item in (known.model_outputs if known else [])}:
+        client.log_outputs(tracker.run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
     return str(logged.model_id)
+
+
+def _begun(client: MlflowClient, tracker: Tracker, digest: str) -> LoggedModel | None:
+    """The logged model of this run and export that an attempt which died has left, whole (READY) or in part."""
+    found = client.search_logged_models([tracker.experiment_id], f"source_run_id = '{tracker.run_id}'")
+    begun = [item for item in found if item.tags.get(_EXPORT_TAG) == digest]
+    return min(begun, key=lambda item: int(item.creation_timestamp), default=None)
 
 
 def _requirements(model: Mapping[str, Any]) -> list[str]:
@@ -404,7 +416,7 @@ def describe(
     model: Mapping[str, Any],
     evaluation: Mapping[str, Any],
     *,
-    decision: str,
+    verdict: Verdict,
     name: str,
     version: int,
 ) -> str:
@@ -416,15 +428,19 @@ def describe(
     preprocessing, checkpoint = model["preprocessing"], model["checkpoint"]
     colours = "grey" if preprocessing["channels"] == 1 else "RGB"
     split = evaluation["split"]
-    measures = list(dict.fromkeys(key for row in evaluation["table"] for key in row))  # the union, in order
+    keys = dict.fromkeys(key for row in evaluation["table"] for key in row)  # the union, in order
+    measures = [key for key in keys if not (key.rpartition("_")[0] in keys and key.endswith(("_low", "_high", "_std")))]
+    checks = "; ".join(describe_check(*item) for item in (model.get("checks") or {}).items())
     rows = [
         f"| {' | '.join(measures)} |",
         "|---" * len(measures) + "|",
-        *(f"| {' | '.join(_cell(row.get(key)) for key in measures)} |" for row in evaluation["table"]),
+        *(f"| {' | '.join(_cell(row, key) for key in measures)} |" for row in evaluation["table"]),
     ]
     return "\n".join(
         [
-            f"**{decision}**",
+            f"**{verdict.alias}: {verdict.reason}**",
+            "",
+            f"Collapse: {evaluation.get('collapse') or 'no sign'}. Export checks: {checks or 'none recorded'}.",
             "",
             f"Encoder of run `{run_name}` after {int(checkpoint['images_seen']):,} images "
             f"({preprocessing['image_size']} pixels, {colours}). {levels[0].upper()}{levels[1:]}.",
@@ -442,10 +458,12 @@ def describe(
     )
 
 
-def _cell(value: object) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+def _cell(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, float):
+        return "-" if value is None else str(value)
+    interval = f" [{row[f'{key}_low']:.4f}, {row[f'{key}_high']:.4f}]" if row.get(f"{key}_low") is not None else ""
+    return f"{value:.4f}{interval}"
 
 
 # -- fetching ----------------------------------------------------------------------------------------------------------

@@ -62,12 +62,12 @@ def extract(
     parts: dict[str, list[Tensor]] = {}
     labels: list[Tensor] = []
     for images, batch_labels in batches:
-        embedded = encoder.embed(encoder.preprocess(_to(images, device)))
+        embedded = encoder.embed(encoder.preprocess(to_device(images, device)))
         for level in embedded if wanted is None else wanted:
             if level not in embedded:
                 raise UserError(f"the encoder has no level {level!r}; choose from {', '.join(embedded)}")
             parts.setdefault(level, []).append(embedded[level].float().cpu())
-        labels.append(_labels(batch_labels, len(images)))
+        labels.append(labels_of(batch_labels, len(images)))
     return _joined(parts, labels)
 
 
@@ -84,8 +84,25 @@ def raw_pixels(batches: Iterable[Batch], size: int) -> Features:
     for images, batch_labels in batches:
         stacks = [images] if isinstance(images, Tensor) else [image[None] for image in images]
         parts += [_square(stack, size).flatten(1) for stack in stacks]
-        labels.append(_labels(batch_labels, len(images)))
+        labels.append(labels_of(batch_labels, len(images)))
     return _joined({PIXELS: parts}, labels)
+
+
+def pixel_pca(train: Features, test: Features, components: int = 64) -> tuple[Features, Features]:
+    """The principal components of ``raw_pixels``, fitted on the training images, for both splits.
+
+    Args:
+        components: At most so many; an image set cannot have more than it has images or pixels.
+    """
+    pixels = train.tables[PIXELS]
+    mean = pixels.mean(dim=0)
+    wanted = min(components, *pixels.shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of the random directions that svd_lowrank begins with
+        # A few more directions than wanted and four rounds: Halko et al. 2011, section 1.6.
+        axes = torch.svd_lowrank(pixels - mean, q=min(wanted + 16, *pixels.shape), niter=4)[2][:, :wanted]
+    projected = (Features({PIXELS: (split.tables[PIXELS] - mean) @ axes}, split.labels) for split in (train, test))
+    return next(projected), next(projected)
 
 
 def _square(images: Tensor, size: int) -> Tensor:
@@ -101,13 +118,13 @@ def _square(images: Tensor, size: int) -> Tensor:
     return pixels[..., top : top + size, left : left + size]
 
 
-def _to(images: Images, device: torch.device) -> Images:
+def to_device(images: Images, device: torch.device) -> Images:
     if isinstance(images, Tensor):
         return images.to(device, non_blocking=True)
     return [image.to(device, non_blocking=True) for image in images]
 
 
-def _labels(labels: Tensor | None, count: int) -> Tensor:
+def labels_of(labels: Tensor | None, count: int) -> Tensor:
     return torch.full((count,), UNLABELLED) if labels is None else labels.to("cpu", torch.int64)
 
 
