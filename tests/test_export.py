@@ -1,8 +1,9 @@
-"""An export: the same numbers from a folder of two files, nothing to unpickle."""
+"""An export: the same numbers from safetensors and JSON, nothing to unpickle."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hjepa.config import load_config
 from hjepa.errors import HjepaError, UserError
 from hjepa.export import (
+    _largest_difference,
     encoder_of_checkpoint,
     load_export,
     max_abs_difference,
@@ -43,7 +45,11 @@ def test_export__embeds_as_the_checkpoint_does(exported: Path) -> None:
     original = encoder_of_checkpoint(exported / "c.pth", config, **STATISTICS)
     images = torch.randint(0, 256, (5, 3, 40, 50), dtype=torch.uint8)
     assert max_abs_difference(original, load_export(exported / "export"), images) == 0.0
-    assert sorted(path.suffix for path in (exported / "export").iterdir()) == [".json", ".safetensors"]
+    assert sorted(path.name for path in (exported / "export").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 def test_export__weights_are_those_that_the_configuration_names(exported: Path) -> None:
@@ -87,6 +93,45 @@ def test_load__says_what_is_wrong_with_the_folder(exported: Path, tmp_path: Path
     description.write_text(json.dumps({**content, "schema": 99}))
     with pytest.raises(UserError, match="newer hjepa"):
         load_export(exported / "export")
-    description.write_text(json.dumps({**content, "encoder": {**content["encoder"], "depth": 3}}))
+    description.write_text(json.dumps({**content, "encoder": {**content["encoder"], "width": 3}}))
+    with pytest.raises(HjepaError, match=r"describes no encoder.*'width'"):
+        load_export(exported / "export")
+    description.write_text('{"schema": 1')
+    with pytest.raises(HjepaError, match="not valid JSON"):
+        load_export(exported / "export")
+    description.write_text(json.dumps(content))
+    (exported / "export" / "model.safetensors").write_bytes(b"\0" * 100)
     with pytest.raises(HjepaError, match="cannot be loaded"):
         load_export(exported / "export")
+
+
+@pytest.mark.parametrize(
+    ("change", "problems"),
+    [
+        (
+            {"embed_dim": 64},
+            [
+                "patch_embed.weight: expected shape (64, 192), found (32, 192); patch_embed.bias: expected shape (64,)",
+                "blocks.0.norm1.weight: expected shape (64,), found (32,); and 25 more. Both must be of one export",
+            ],
+        ),
+        ({"depth": 3}, ["blocks.2.norm1.weight: expected shape (32,), found no such tensor", "and 9 more"]),
+        ({"depth": 1}, ["blocks.1.attn.proj.bias: expected no such tensor, found shape (32,)", "and 9 more"]),
+    ],
+)
+def test_load__names_the_first_tensors_that_do_not_fit(
+    exported: Path, change: dict[str, int], problems: list[str]
+) -> None:
+    description = exported / "export" / "config.json"
+    content = json.loads(description.read_text())
+    description.write_text(json.dumps({**content, "encoder": {**content["encoder"], **change}}))
+    with pytest.raises(HjepaError) as caught:
+        load_export(exported / "export")
+    assert "model.safetensors does not fit config.json" in str(caught.value)
+    assert all(problem in str(caught.value) for problem in problems), str(caught.value)
+
+
+def test_difference__is_nan_if_one_level_is() -> None:
+    ours = {"mean": torch.zeros(2, 3), "level_0": torch.full((2, 3), torch.nan), "all": torch.zeros(2, 6)}
+    assert math.isnan(_largest_difference(ours, {name: torch.zeros_like(value) for name, value in ours.items()}))
+    assert _largest_difference(ours, {"mean": ours["mean"]}) == math.inf

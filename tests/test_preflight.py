@@ -62,7 +62,8 @@ def found(findings: list[Finding], name: str) -> Finding:
 @pytest.mark.usefixtures("stack_environment", "images")
 def test_check__everything_fine(tmp_path: Path) -> None:
     findings = check(config(tmp_path, storage__uri="s3://hjepa/preflight-fine"))
-    names = ["masks", "S3", "MLflow", "device", "shared memory", "checkpoint disk", "cache disk", "logs", "images"]
+    local = ["device", "shared memory", "export", "checkpoint disk", "cache disk", "logs"]
+    names = ["masks", "S3", "MLflow", *local, "images"]
     assert [finding.name for finding in findings] == names
     assert [finding for finding in findings if not finding.ok] == []
     assert all(finding.detail for finding in findings)

@@ -197,6 +197,9 @@ class EvaluationConfig(Section):
 class ExportConfig(Section):
     weights: Literal["target", "context"] = "target"  # the EMA encoder, or the one that was trained
     tolerance: Positive = 1e-5  # largest allowed difference between export and training code
+    formats: tuple[Literal["torch.export", "onnx"], ...] = ("torch.export", "onnx")  # beside the safetensors
+    format_tolerance: Positive = 1e-4  # largest allowed difference between such a format and PyTorch
+    license: str = ""  # of the weights, for the model card; free text
 
 
 class StorageConfig(Section):

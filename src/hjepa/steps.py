@@ -77,6 +77,7 @@ JOB = "job.json"  # the training job that was launched for the run
 ERROR = "error.json"  # why the run's last try failed
 DECISIVE = ("knn_top1", "linear_top1", "rankme")
 REPORT = "report.html"
+CARD = "MODEL_CARD.md"  # with the figures; the README.md of an export was written before they were known
 JOURNAL = "metrics.jsonl"
 
 
@@ -905,14 +906,15 @@ def _export(run: Run, dataset: Json, checkpoint: Json, folder: Path) -> Json:
         "code_version": checkpoint["code_version"],
         "weights": config.export.weights,
     }
-    made = export.save_export(encoder, folder / "made", config=config, provenance=provenance)
+    batch, _ = next(training.eval_batches(config, _open_split(run, dataset, "train"), 64))
+    made = export.save_export(
+        encoder, folder / "made", config=config, provenance=provenance, sample=batch, dataset=dataset
+    )
     name = config.tracking.registered_model
     key = f"models/{name}/{made['digest'][:16]}"
     for file, facts in made["files"].items():
         store.put_file(f"{key}/{file}", folder / "made" / file, sha256=facts["sha256"])
         store.download(f"{key}/{file}", folder / "back" / file, sha256=facts["sha256"])
-    images = _open_split(run, dataset, "train")
-    batch, _ = next(training.eval_batches(config, images, 64))
     difference = export.max_abs_difference(encoder, export.load_export(folder / "back"), batch)
     if not difference <= config.export.tolerance:
         raise HjepaError(
@@ -1094,6 +1096,7 @@ def register_model(*, resolved_path: str, model_path: str, evaluation_path: str,
         HjepaError: MLflow cannot be reached; unlike tracking, registration fails loudly.
     """
     from hjepa.adapters import registry
+    from hjepa.model_card import model_card
 
     run = Run.read(resolved_path)
     model = read_manifest(model_path, "model")
@@ -1111,6 +1114,9 @@ def register_model(*, resolved_path: str, model_path: str, evaluation_path: str,
             margin=run.config.tracking.champion_margin,
             primary_metric=evaluation["primary_metric"]["name"],
         )
+        card = Path(folder) / CARD
+        card.write_text(model_card(model, None, evaluation, license=run.config.export.license), "utf-8")
+        run.tracker.log_artifact(card)
     run.tracker.finish()
     result = {"schema": SCHEMA, **asdict(registration), "mlflow_run_url": run.tracker.url}
     rival = registry.run_of_champion(run.tracker, registration)

@@ -46,7 +46,7 @@ def check(
     if servers:
         checks += [("S3", _storage), ("MLflow", _tracking)]
     if trains_here:
-        checks += [("device", _device), ("shared memory", _shared_memory)]
+        checks += [("device", _device), ("shared memory", _shared_memory), ("export", _export)]
         checks += [("checkpoint disk", _checkpoint_disk), ("cache disk", _cache_disk), ("logs", _logs)]
     if source:
         checks.append(("images", _source))
@@ -206,6 +206,13 @@ def _disk(name: str, key: str, folder: str, wanted: int) -> Finding:
             f"Free some space, or point {key} at a larger disk.",
         )
     return Finding(name, True, f"{key}={folder}: {_gib(free)} free")
+
+
+def _export(config: Config) -> Finding:
+    from hjepa.export import require_packages
+
+    require_packages(config)
+    return Finding("export", True, ", ".join(["safetensors", *config.export.formats]))
 
 
 def _masks(config: Config) -> Finding:
