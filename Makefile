@@ -22,7 +22,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup demo test test-slow test-kubernetes lint images e2e-docker bench bench-gpu compile clean
+.PHONY: help setup demo test test-slow test-kubernetes lint images e2e-docker bench bench-gpu bench-quality compile clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/make \1\t\2/p' Makefile | expand -t 17
@@ -62,6 +62,9 @@ bench: $(INSTALLED) ## Measure a training step, masks, checkpoints and logging o
 
 bench-gpu: $(INSTALLED) ## Measure training steps on this machine's NVIDIA GPU.
 	@"$(BIN)/python" -m benchmarks.gpu $(ARGS)
+
+bench-quality: $(INSTALLED) ## Train with and without the hierarchy at equal compute, and compare what was learnt: an hour.
+	@"$(BIN)/python" -m benchmarks.quality $(ARGS)
 
 compile: $(INSTALLED) ## Compile the pipelines to pipelines/compiled.
 	@"$(BIN)/python" -m pipelines.pretrain
