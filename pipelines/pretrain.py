@@ -1,7 +1,8 @@
 """The pretraining pipelines. ``python -m pipelines.pretrain`` compiles them to ``pipelines/compiled/``.
 
 ``pretrain`` trains in its task's own pod, on all GPUs of one node; ``pretrain-distributed`` in a PyTorchJob or
-TrainJob over many nodes. The rest is the same.
+TrainJob over many nodes; the rest is the same. ``pretrain-sweep`` trains several settings side by side, each like
+``pretrain``, compares them, and takes the best to the gate.
 """
 
 import argparse
@@ -12,17 +13,21 @@ from typing import Any
 
 from kfp import compiler, dsl
 
+from components.compare_branches import compare_branches
 from components.evaluate import evaluate
 from components.export_checkpoint import export_checkpoint
 from components.launch_training import launch_training
 from components.prepare_data import prepare_data
 from components.register_model import register_model
 from components.report import report
+from components.resolve_branch import resolve_branch
 from components.resolve_config import resolve_config
+from components.resolve_sweep import resolve_sweep
 from components.train import train
 from pipelines.placement import DAY, HOUR, Placement
 
 COMPILED = Path(__file__).with_name("compiled")
+BRANCHES_AT_ONCE = 2  # of a sweep; each takes the GPUs of its training
 JOB = dsl.PIPELINE_JOB_ID_PLACEHOLDER
 Train = Callable[[dsl.PipelineTask, dsl.PipelineTask], dsl.PipelineTask]  # (resolved, prepared) -> trained
 
@@ -65,10 +70,7 @@ def pretrain(place: Placement) -> Any:
         """
 
         def training(resolved: dsl.PipelineTask, prepared: dsl.PipelineTask) -> dsl.PipelineTask:
-            trained = train(resolved=resolved.outputs["resolved"], dataset=prepared.output)
-            place.everywhere(trained, timeout_seconds=14 * DAY, retries=5)
-            place.trains(trained, gpus=gpus)
-            return trained
+            return _train_here(place, resolved.outputs["resolved"], prepared, gpus)
 
         _steps(
             place,
@@ -165,7 +167,87 @@ def pretrain_distributed(place: Placement) -> Any:
     return pipeline
 
 
-PIPELINES: dict[str, Callable[[Placement], Any]] = {"pretrain": pretrain, "pretrain-distributed": pretrain_distributed}
+def pretrain_sweep(place: Placement, *, at_once: int = BRANCHES_AT_ONCE) -> Any:
+    """The pipeline that trains several settings, at most ``at_once`` of them at the same time."""
+
+    @dsl.pipeline(name="hjepa-pretrain-sweep")
+    def pipeline(
+        sets: list[Any] = [],  # noqa: B006 - KFP reads the default, nothing changes it
+        config: str = "default",
+        overrides: list[str] = [],  # noqa: B006
+        data_name: str = "",
+        data_root: str = "",
+        storage_uri: str = "",
+        storage_endpoint_url: str = "",
+        tracking_uri: str = "",
+        registered_model: str = "",
+        champion_margin: str = "",
+        run: str = "",
+        gpus: str = str(place.cluster.gpus_per_node),
+        profile: str = place.text,
+        pipeline_ui: str = "",
+    ) -> None:
+        """From raw images to the best of several encoders: prepare once, pretrain each setting, compare, register.
+
+        Args:
+            sets: One set of overrides per branch, such as [["training.lr=1e-3"], ["training.lr=3e-3"]]; at least two.
+            config: Name of a packaged configuration, or YAML text.
+            overrides: Settings in the form section.key=value for all branches; the sets outrank them.
+            data_name: Data set to use; empty keeps what the configuration says.
+            data_root: Folder of its images; empty keeps what the configuration says.
+            storage_uri: Bucket and prefix for everything that is stored; empty keeps what the configuration says.
+            storage_endpoint_url: S3 endpoint; empty keeps what the configuration says.
+            tracking_uri: MLflow server; empty keeps what the configuration says.
+            registered_model: Name in the model registry; empty keeps what the configuration says.
+            champion_margin: Rise of the primary metric that makes a champion; empty keeps what the configuration says.
+            run: Name of the sweep; a name used before resumes that sweep. Empty takes the id of the KFP run.
+            gpus: How many GPUs each branch's training gets; 0 trains on CPUs. On a laptop training.device decides.
+            pipeline_ui: Address of the KFP UI, for the link from the MLflow runs; empty writes none.
+            profile: The cluster's profile as YAML, a section cluster alone; overrides outrank it.
+        """
+        where = {
+            "storage_uri": storage_uri,
+            "storage_endpoint_url": storage_endpoint_url,
+            "tracking_uri": tracking_uri,
+            "gpus": gpus,
+            "profile": profile,
+        }
+        what = {"config": config, "overrides": overrides, "run": run}
+        reported = report(**what, **where, job=JOB)
+        place.everywhere(reported, timeout_seconds=HOUR // 4)
+        with dsl.ExitHandler(reported):
+            planned = resolve_sweep(
+                sets=sets,
+                **what,
+                **where,
+                data_name=data_name,
+                data_root=data_root,
+                registered_model=registered_model,
+                champion_margin=champion_margin,
+                pipeline_ui=pipeline_ui,
+                job=JOB,
+            )
+            place.everywhere(planned, timeout_seconds=HOUR // 4, retries=0)
+            sweep = {"resolved_sweep": planned.outputs["resolved"], "sweep": planned.outputs["sweep"]}
+            prepared = _prepare(place, planned.outputs["resolved"])
+            sweep["dataset"] = prepared.output
+            with dsl.ParallelFor(planned.outputs["Output"], parallelism=at_once) as branch:
+                resolved = resolve_branch(**sweep, branch=branch, gpus=gpus)
+                place.everywhere(resolved, timeout_seconds=HOUR // 4)
+                trained = _train_here(place, resolved.output, prepared, gpus)
+                _, evaluated = _export_and_evaluate(place, resolved.output, prepared, trained)
+            compared = compare_branches(**sweep, evaluations=dsl.Collected(evaluated.outputs["evaluation"]))
+            place.everywhere(compared, timeout_seconds=HOUR)
+            _register(place, *(compared.outputs[name] for name in ("resolved", "model", "evaluation")))
+
+    return pipeline
+
+
+PIPELINES: dict[str, Callable[[Placement], Any]] = {
+    "pretrain": pretrain,
+    "pretrain-distributed": pretrain_distributed,
+    "pretrain-sweep": pretrain_sweep,
+}
 
 
 def _steps(
@@ -183,22 +265,43 @@ def _steps(
     with dsl.ExitHandler(reported):
         resolved = resolve_config(**what, **where, **settings, job=JOB)
         resolved_run = resolved.outputs["resolved"]
-        prepared = prepare_data(resolved=resolved_run)
+        # No retry here: what this step refuses, it would refuse again.
+        place.everywhere(resolved, timeout_seconds=HOUR // 4, retries=0)
+        prepared = _prepare(place, resolved_run)
         trained = training(resolved, prepared)
-        exported = export_checkpoint(resolved=resolved_run, dataset=prepared.output, checkpoint=trained.output)
-        evaluated = evaluate(resolved=resolved_run, dataset=prepared.output, model=exported.output)
-        registered = register_model(
-            resolved=resolved_run, model=exported.output, evaluation=evaluated.outputs["evaluation"]
-        )
-    # No retry here: what this step refuses, it would refuse again.
-    place.everywhere(resolved, timeout_seconds=HOUR // 4, retries=0)
+        exported, evaluated = _export_and_evaluate(place, resolved_run, prepared, trained)
+        _register(place, resolved_run, exported.output, evaluated.outputs["evaluation"])
+
+
+def _prepare(place: Placement, resolved: Any) -> dsl.PipelineTask:
+    prepared = prepare_data(resolved=resolved)
     place.everywhere(prepared, timeout_seconds=DAY)
-    place.everywhere(exported, timeout_seconds=HOUR)
-    place.everywhere(evaluated, timeout_seconds=DAY // 2)
-    place.everywhere(registered, timeout_seconds=HOUR)
     place.reads_source(prepared)
-    for loading in (prepared, evaluated):
-        place.loads_images(loading)
+    place.loads_images(prepared)
+    return prepared
+
+
+def _train_here(place: Placement, resolved: Any, prepared: dsl.PipelineTask, gpus: Any) -> dsl.PipelineTask:
+    trained = train(resolved=resolved, dataset=prepared.output)
+    place.everywhere(trained, timeout_seconds=14 * DAY, retries=5)
+    place.trains(trained, gpus=gpus)
+    return trained
+
+
+def _export_and_evaluate(
+    place: Placement, resolved: Any, prepared: dsl.PipelineTask, trained: dsl.PipelineTask
+) -> tuple[dsl.PipelineTask, dsl.PipelineTask]:
+    exported = export_checkpoint(resolved=resolved, dataset=prepared.output, checkpoint=trained.output)
+    place.everywhere(exported, timeout_seconds=HOUR)
+    evaluated = evaluate(resolved=resolved, dataset=prepared.output, model=exported.output)
+    place.everywhere(evaluated, timeout_seconds=DAY // 2)
+    place.loads_images(evaluated)
+    return exported, evaluated
+
+
+def _register(place: Placement, resolved: Any, model: Any, evaluation: Any) -> None:
+    registered = register_model(resolved=resolved, model=model, evaluation=evaluation)
+    place.everywhere(registered, timeout_seconds=HOUR)
 
 
 def compile_to(path: Path, name: str, place: Placement) -> None:
@@ -212,7 +315,7 @@ def main() -> int:
     from hjepa.errors import UserError
 
     parser = argparse.ArgumentParser(prog="python -m pipelines.pretrain", description=__doc__)
-    parser.add_argument("output", nargs="?", type=Path, help="the YAML to write; default: both, to pipelines/compiled")
+    parser.add_argument("output", nargs="?", type=Path, help="the YAML to write; default: all, to pipelines/compiled")
     parser.add_argument("--pipeline", choices=PIPELINES, default="pretrain", help="which one goes to OUTPUT")
     parser.add_argument("--profile", type=Path, help="a cluster's profile, such as pipelines/profiles/kind.yaml")
     parser.add_argument("--images-claim", metavar="NAME", help="claim with the images, for prepare_data at /data")

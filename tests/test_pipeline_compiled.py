@@ -406,12 +406,12 @@ def test_with_registry__reaches_the_image_of_a_launched_job(pretrain: CompiledPi
     assert pretrain.parameters["profile"]["defaultValue"] == ""
 
 
-def test_without_retries__changes_nothing_else(pretrain: CompiledPipeline) -> None:
+def test_for_one_machine__changes_nothing_else(pretrain: CompiledPipeline) -> None:
     expected = copy.deepcopy(pretrain)
     assert len(expected.tasks) == len(STEPS)
     for task in expected.tasks.values():
         task.pop("retryPolicy", None)
-    assert pretrain.without_retries() == expected
+    assert pretrain.for_one_machine() == expected
     assert pretrain.tasks["train"]["retryPolicy"]
 
 

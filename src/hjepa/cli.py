@@ -30,7 +30,8 @@ from hjepa.utils.logging import say
 DESCRIPTION = "Self-supervised image pretraining with a hierarchical JEPA, from raw images to a registered encoder."
 INTERRUPTED = 130
 TERMINATED = 143
-PIPELINES = ("pretrain", "pretrain-distributed")
+PIPELINES = ("pretrain", "pretrain-distributed", "pretrain-sweep")
+SWEEP = PIPELINES[2]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,7 +92,14 @@ def build_parser() -> argparse.ArgumentParser:
     command = add("run", run, "Run the whole pipeline on this machine, with its own S3 and MLflow servers.")
     _add_config(command)
     _add_home(command)
-    command.add_argument("--pipeline", choices=PIPELINES, default=PIPELINES[0], help="which one (default: %(default)s)")
+    command.add_argument(
+        "--pipeline", choices=PIPELINES[:2], default=PIPELINES[0], help="which one (default: %(default)s)"
+    )
+    command.add_argument(
+        "--sweep",
+        metavar="FILE",
+        help="train several settings, one after the other, and compare them: YAML with a list of overrides for each",
+    )
     command.add_argument("--keep-stack", action="store_true", help="leave the S3 and MLflow servers up at the end")
     command.add_argument("--fresh", action="store_true", help="start a new run even if this one is finished")
 
@@ -158,6 +166,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_server(command)
     command.add_argument("--experiment", default="hjepa", help="KFP experiment (default: %(default)s)")
     command.add_argument("--no-follow", action="store_true", help="return once the run has started")
+    command.add_argument("--sweep", metavar="FILE", help=f"the branches of --pipeline {SWEEP}, as for hjepa run")
     command.add_argument(
         "parameters", nargs="*", metavar="NAME=VALUE", help="pipeline parameters, such as config=default gpus=4"
     )
@@ -290,17 +299,21 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"hjepa run needs more packages ({error}): pip install 'hjepa[pipelines,stack]'") from None
     from hjepa.adapters.stack import Stack
     from hjepa.data.datasets import check_source
-    from hjepa.summary import show
+    from hjepa.summary import show, show_sweep
 
     config = _config(options)
-    check_source(config.data)  # again in resolve_config, but a misspelt name should not have to wait for servers
+    # Again in the first step, but a misspelt name should not have to wait for servers.
+    check_source(config.data)
     home: Path = options.home.expanduser().resolve()
     if home.exists() and not home.is_dir():
         raise UserError(f"--home {home} is a file; give a folder")
-    name = run_name(options, config)
+    sets = _sets(options)
+    name = run_name(options, config, sets)
+    branches = _planned(options, name, sets)
     with _only_user(home):
         if options.fresh:
             name = _unused(home / "runs", name)
+            branches = _planned(options, name, sets)
         stack = Stack(home)
         keep = home / "keep-stack"
         if options.keep_stack:
@@ -309,26 +322,50 @@ def run(options: argparse.Namespace) -> int:
             keep.unlink(missing_ok=True)  # what an earlier command kept up is gone, by a reboot for instance
         try:
             environment = _servers(stack, config)
-            say(f"run {name}")
-            arguments = {
+            say(f"sweep {name}, {len(branches)} branches" if sets else f"run {name}")
+            arguments: dict[str, Any] = {
                 "config": _portable(options.config),
                 "overrides": _overrides(options),
                 "run": name,
                 "gpus": str(config.cluster.gpus_per_node),
             }
+            if sets:
+                arguments["sets"] = sets
             if options.pipeline != PIPELINES[0] and config.cluster.backend == "auto":
                 arguments["backend"] = "local"  # all ranks on this machine
             finished = local_pipeline.run(
-                compiled_pipeline(options.pipeline),
+                compiled_pipeline(SWEEP if sets else options.pipeline),
                 arguments,
                 workdir=home / "runs" / name,
                 environment=environment,
+                items=branches,
             )
-            show(_summary(finished, options, stack_stays=keep.exists()), Console())
+            if sets:
+                show_sweep(_sweep_summary(finished, options, stack_stays=keep.exists()), Console())
+            else:
+                show(_summary(finished, options, stack_stays=keep.exists()), Console())
         finally:
             if not keep.exists():
                 stack.down()
     return 0
+
+
+def _sets(options: argparse.Namespace) -> list[Any]:
+    """The override sets of ``--sweep``; empty without it."""
+    if not options.sweep:
+        return []
+    from hjepa.sweep import read_sets
+
+    if options.pipeline != PIPELINES[0]:
+        raise UserError(f"--sweep trains each branch like --pipeline {PIPELINES[0]}; leave out --pipeline")
+    return read_sets(options.sweep)
+
+
+def _planned(options: argparse.Namespace, name: str, sets: Sequence[Any]) -> list[str]:
+    """The names of the sweep's branches, whose settings are checked before any server starts."""
+    from hjepa.steps import plan_sweep
+
+    return [branch.name for branch in plan_sweep(name, options.config, _overrides(options), {}, sets)] if sets else []
 
 
 def _servers(stack: Any, config: Config) -> dict[str, str]:
@@ -351,15 +388,17 @@ def _variables(stack: Any, config: Config) -> dict[str, str]:
     return variables
 
 
-def run_name(options: argparse.Namespace, config: Config) -> str:
-    """The name given, or one that the same configuration and the same code always get."""
+def run_name(options: argparse.Namespace, config: Config, sets: Sequence[Any] = ()) -> str:
+    """The name given, or one that the same configuration, the same code and the same sweep always get."""
     from hjepa.steps import check_run_name, code_version
 
     if options.run_name:
         return check_run_name(options.run_name, "--run ")
 
-    stem = re.sub(r"[^a-z0-9]+", "-", Path(options.config).stem.lower()).strip("-") or "run"
-    return f"{stem[:40]}-{sha256_json([config.digest, code_version()])[:8]}"
+    source, length = (options.sweep, 20) if sets else (options.config, 40)  # a branch's name is longer
+    stem = re.sub(r"[^a-z0-9]+", "-", Path(source).stem.lower()).strip("-") or "run"
+    of = [config.digest, code_version(), *([list(sets)] if sets else [])]
+    return f"{stem[:length].strip('-')}-{sha256_json(of)[:8]}"
 
 
 def _unused(runs: Path, name: str) -> str:
@@ -402,35 +441,65 @@ def compiled_pipeline(name: str = PIPELINES[0]) -> Path:
     raise HjepaError("the compiled pipeline is missing from this installation; install hjepa again")
 
 
-def _summary(finished: Any, options: argparse.Namespace, *, stack_stays: bool) -> Any:
-    from hjepa.summary import Summary
+def _read(finished: Any, step: str, output: str) -> Any:
+    return json.loads(finished.artifact(step, output).read_text("utf-8"))
 
-    def read(step: str, output: str) -> Any:
-        return json.loads(finished.artifact(step, output).read_text("utf-8"))
 
-    registration = read("register-model", "registration")
+def _commands(options: argparse.Namespace, registration: Any, *, stack_stays: bool, again: list[str]) -> Any:
+    """(What it does, command) to go on with.
+
+    Args:
+        again: What to add to the command that was given.
+    """
     model_uri = f"models:/{registration['name']}/{registration['version']}"
     program, python = (os.path.relpath(path) for path in (sys.argv[0], sys.executable))
     home = [] if options.home == _default_home() else ["--home", str(options.home)]
     settings = [part for setting in options.set for part in ("--set", setting)]
     settings += ["--profile", options.profile] if options.profile else []
-    again = shlex.join([program, "run", "--config", options.config, *home, *settings, "--set", "model.num_levels=1"])
+    repeated = shlex.join([program, "run", "--config", options.config, *home, *settings, *again])
     up = "" if stack_stays else shlex.join([program, "stack", "up", *home]) + " && "
     variables = shlex.join([program, "stack", "env", *home])
     use = f"import hjepa; print(hjepa.load_encoder('{model_uri}'))"
+    page = registration.get("compare_url") if options.sweep else registration["mlflow_run_url"]
+    return [
+        ("train the best one for longer" if options.sweep else "change one setting and compare", repeated),
+        ("look at the curves in MLflow", f"{up}{python} -m webbrowser '{page}'"),
+        ("use the encoder", f'{up}eval "$({variables})" && {python} -c "{use}"'),
+    ]
+
+
+def _summary(finished: Any, options: argparse.Namespace, *, stack_stays: bool) -> Any:
+    from hjepa.summary import Summary
+
+    registration = _read(finished, "register-model", "registration")
+    again = ["--set", "model.num_levels=1"]
     return Summary(
-        dataset=read("prepare-data", "dataset"),
-        checkpoint=read("train" if "train" in finished.steps else "launch-training", "checkpoint"),
-        model=read("export-checkpoint", "model"),
-        evaluation=read("evaluate", "evaluation"),
+        dataset=_read(finished, "prepare-data", "dataset"),
+        checkpoint=_read(finished, "train" if "train" in finished.steps else "launch-training", "checkpoint"),
+        model=_read(finished, "export-checkpoint", "model"),
+        evaluation=_read(finished, "evaluate", "evaluation"),
         registration=registration,
         step_seconds={name: step.seconds or 0.0 for name, step in finished.steps.items()},
         overhead_seconds=finished.overhead_seconds,
-        commands=[
-            ("change one setting and compare", again),
-            ("look at the curves in MLflow", f"{up}{python} -m webbrowser '{registration['mlflow_run_url']}'"),
-            ("use the encoder", f'{up}eval "$({variables})" && {python} -c "{use}"'),
-        ],
+        commands=_commands(options, registration, stack_stays=stack_stays, again=again),
+    )
+
+
+def _sweep_summary(finished: Any, options: argparse.Namespace, *, stack_stays: bool) -> Any:
+    from hjepa.summary import SweepSummary
+
+    comparison = _read(finished, "compare-branches", "comparison")
+    registration = _read(finished, "register-model", "registration") | {"compare_url": comparison["compare_url"]}
+    planned = _read(finished, "resolve-sweep", "sweep")["branches"]
+    best = next(branch for branch in planned if branch["name"] == comparison["best"])
+    epochs = 2 * best["config"]["training"]["epochs"]
+    again = [part for text in (*best["set"], f"training.epochs={epochs}") for part in ("--set", text)]
+    return SweepSummary(
+        comparison=comparison,
+        registration=registration,
+        step_seconds={name: step.seconds or 0.0 for name, step in finished.steps.items()},
+        overhead_seconds=finished.overhead_seconds,
+        commands=_commands(options, registration, stack_stays=stack_stays, again=again),
     )
 
 
@@ -755,8 +824,11 @@ def pipeline_run(options: argparse.Namespace) -> None:
 def _arguments(options: argparse.Namespace, path: Path) -> dict[str, Any]:
     """The pipeline's parameters, checked as far as this machine can: what is wrong is found here, not in a pod."""
     from hjepa.adapters import pipeline_spec
-    from hjepa.steps import check_run_name, profile_settings
+    from hjepa.steps import check_run_name, plan_sweep, profile_settings
+    from hjepa.sweep import read_sets
 
+    if options.sweep and options.pipeline != SWEEP:
+        raise UserError(f"--sweep {options.sweep}: only --pipeline {SWEEP} takes one")
     compiled = pipeline_spec.load(path)
     types = {name: item["parameterType"] for name, item in compiled.parameters.items()}
     arguments: dict[str, Any] = {}
@@ -778,6 +850,16 @@ def _arguments(options: argparse.Namespace, path: Path) -> dict[str, Any]:
     overrides = [*profile, *arguments.get("overrides", []), *plain]
     if "config" in arguments or overrides:
         load_config(arguments.get("config", "default"), overrides)
+    if "sets" in types:
+        if options.sweep:
+            arguments["sets"] = read_sets(options.sweep)
+        plan_sweep(
+            arguments.get("run") or "sweep",
+            arguments.get("config", "default"),
+            overrides,
+            {},
+            arguments.get("sets", []),
+        )
     if "config" in arguments:
         arguments["config"] = _portable(arguments["config"])
     return arguments

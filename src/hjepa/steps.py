@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 import yaml
 
-from hjepa import __version__
+from hjepa import __version__, sweep
 from hjepa.adapters import preflight
 from hjepa.adapters.lifeline import die_with_parent
 from hjepa.adapters.s3 import ObjectNotFoundError, S3Store
@@ -71,6 +71,7 @@ MANIFESTS = {  # kind -> the command that writes it
     "model": "export",
     "evaluation": "evaluate",
     "registration": "register",
+    "sweep": "run --sweep",
 }
 MLFLOW_FORWARDED = ("MLFLOW_EXPERIMENT_ID", "MLFLOW_WORKSPACE", "MLFLOW_TRACKING_AUTH")
 JOB = "job.json"  # the training job that was launched for the run
@@ -369,24 +370,41 @@ def resolve_config(
     """
     check_run_name(run)
     tree = _load(config, overrides, settings, profile)
-    # In an image of its own this step has neither the GPUs nor the volumes of the steps that need them.
-    here = "KUBERNETES_SERVICE_HOST" not in os.environ and find_spec("torch") is not None
-    preflight.require(preflight.check(tree, source=here, trains_here=here))
-    uri = tracking_uri(tree.tracking.uri)
+    preflight.require(preflight.check(tree, source=_trains_here(), trains_here=_trains_here()))
+    return _open_run(tree, run, resolved_path, job=job, pipeline_ui=pipeline_ui)
+
+
+def _trains_here() -> bool:
+    """In an image of its own the first step has neither the GPUs nor the volumes of the steps that need them."""
+    return "KUBERNETES_SERVICE_HOST" not in os.environ and find_spec("torch") is not None
+
+
+def _open_run(
+    tree: Config, run: str, resolved_path: str, *, job: str, pipeline_ui: str, parent: Run | None = None
+) -> Json:
+    """Create the run's row in MLflow, or find it, and fix the run as it is; see ``resolve_config``.
+
+    Args:
+        parent: The sweep whose branch it is.
+    """
+    uri = parent.tracking_uri if parent else tracking_uri(tree.tracking.uri)
     tags = {"hjepa.config_digest": tree.digest, "hjepa.code_version": code_version()}
     if digest := os.environ.get("IMAGE_DIGEST"):
         tags["hjepa.image_digest"] = digest
-    if job and (pipeline_ui or not here):
+    if parent:
+        tags |= {"hjepa.sweep": parent.name, "mlflow.parentRunId": parent.mlflow_run_id}
+    if job and (pipeline_ui or not _trains_here()):
         tags["hjepa.kfp_run_id"] = job
     if job and pipeline_ui:
         tags["hjepa.kfp_run_url"] = link = f"{pipeline_ui.rstrip('/')}/#/runs/details/{job}"
         tags["mlflow.note.content"] = f"Pipeline run: [{run}]({link})"
     tracker = Tracker.create_or_resume(
-        tree.tracking,
+        tree.tracking.model_copy(update={"uri": uri}),
         experiment=tree.logging.experiment_name,
         run_name=run,
         tags=tags,
         params={key: value for key, value in flatten(tree).items() if not key.startswith("cluster.")},
+        injected=parent is None,
     )
     say(f"MLflow run: {tracker.url}")
     with tempfile.TemporaryDirectory() as folder:
@@ -415,6 +433,229 @@ def _load(config: str, overrides: Sequence[str], settings: Mapping[str, str], pr
     plain = {"cluster.nodes", "cluster.gpus_per_node", "tracking.champion_margin"}  # numbers; the rest are texts
     given = [f"{key}={value if key in plain else json.dumps(value)}" for key, value in settings.items() if value]
     return load_config(config, [*(profile_settings(profile) if profile else []), *overrides, *given])
+
+
+# -- a sweep ---------------------------------------------------------------------------------------------------------
+
+
+@step
+def resolve_sweep(
+    *,
+    config: str,
+    overrides: Sequence[str],
+    settings: Mapping[str, str],
+    sets: Sequence[Any],
+    run: str,
+    resolved_path: str,
+    sweep_path: str,
+    profile: str = "",
+    job: str = "",
+    pipeline_ui: str = "",
+) -> Json:
+    """Validate every branch of a sweep, check that they can succeed, and create the MLflow run that holds them.
+
+    Args:
+        sets: Override sets, one per branch, laid over ``overrides``; ``hjepa.sweep.normal_sets`` says in which forms.
+        sweep_path: Where the sweep is written: its branches with their names, runs and configurations.
+
+    The others are those of ``resolve_config``; ``run`` names the sweep.
+
+    Returns:
+        The sweep's identity, with ``branches``, their names.
+
+    Raises:
+        UserError: for every mistake in every set at once, or every failed preflight check.
+    """
+    check_run_name(run)
+    tree = _load(config, overrides, settings, profile)
+    branches = plan_sweep(run, config, overrides, settings, sets, profile)
+    findings = preflight.check(tree, source=_trains_here(), trains_here=_trains_here())
+    for branch in branches:
+        found = preflight.check(branch.config, source=False, trains_here=False, servers=False)
+        findings += [replace(finding, name=f"{branch.name}: {finding.name}") for finding in found]
+    preflight.require(findings)
+    identity = _open_run(tree, run, resolved_path, job=job, pipeline_ui=pipeline_ui)
+    opened = Run.read(resolved_path)
+    content = {"schema": SCHEMA, "name": run, "job": job, "pipeline_ui": pipeline_ui}
+    opened.hand_over("sweep", sweep_path, {**content, "branches": [branch.to_json() for branch in branches]})
+    for branch in branches:
+        say(f"branch {branch.name}: {', '.join(branch.overrides) or 'nothing is changed'}")
+    return {**identity, "branches": [branch.name for branch in branches]}
+
+
+def plan_sweep(
+    run: str, config: str, overrides: Sequence[str], settings: Mapping[str, str], sets: Sequence[Any], profile: str = ""
+) -> list[sweep.Branch]:
+    """The branches, as ``resolve_sweep`` makes them. Raises UserError for every mistake at once."""
+
+    def load(more: Sequence[str]) -> Config:
+        return _load(config, [*overrides, *more], settings, profile)
+
+    return sweep.plan(run, load(()), sweep.normal_sets(sets), load, check_run_name)
+
+
+@step
+def resolve_branch(
+    *, resolved_sweep_path: str, sweep_path: str, dataset_path: str, branch: str, gpus: str, resolved_path: str
+) -> Json:
+    """Create the MLflow run of one branch, below that of its sweep.
+
+    Args:
+        branch: Its name.
+        gpus: cluster.gpus_per_node; empty keeps what the configuration says.
+        resolved_path: Where the resolved run of the branch is written.
+
+    Returns:
+        Its identity, as ``resolve_config`` does.
+    """
+    parent = Run.read(resolved_sweep_path)
+    content = read_manifest(sweep_path, "sweep")
+    dataset = read_manifest(dataset_path, "dataset")
+    planned = next(item for item in content["branches"] if item["name"] == branch)
+    tree = planned["config"]
+    if gpus:
+        tree = {**tree, "cluster": {**tree["cluster"], "gpus_per_node": int(gpus)}}
+    identity = _open_run(
+        validate(tree),
+        planned["run"],
+        resolved_path,
+        job=content["job"],
+        pipeline_ui=content["pipeline_ui"],
+        parent=parent,
+    )
+    run = Run.read(resolved_path)
+    _track_dataset(run, dataset)
+    # Where a step of the branch that is started by hand finds it.
+    run.store.put_json(run.key("manifests/dataset.json"), dataset)
+    return identity
+
+
+@step
+def compare_branches(
+    *,
+    resolved_sweep_path: str,
+    sweep_path: str,
+    dataset_path: str,
+    comparison_path: str,
+    resolved_path: str,
+    model_path: str,
+    evaluation_path: str,
+    summary_path: str,
+    report_path: str,
+) -> Json:
+    """Compare the branches of a sweep in one report, and hand the best of them on to the gate.
+
+    Args:
+        comparison_path: Where the comparison is written.
+        resolved_path, model_path, evaluation_path: Where the best branch's manifests are written.
+        summary_path: Where the comparison is written too, as Markdown.
+        report_path: Where the report is written, one HTML page; it is always kept in S3 and MLflow.
+
+    Returns:
+        The comparison, see ``hjepa.sweep.compare``, with ``report`` and ``compare_url``.
+    """
+    parent = Run.read(resolved_sweep_path)
+    content = read_manifest(sweep_path, "sweep")
+    dataset = read_manifest(dataset_path, "dataset")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        # From S3, where each branch left them: of a list of artifacts KFP's launcher fetches not every file.
+        runs: dict[str, Run] = {}
+        found: dict[str, tuple[Json, Json]] = {}
+        for branch in content["branches"]:
+            files = {kind: str(folder / f"{branch['name']}.{kind}") for kind in ("resolved", "model", "evaluation")}
+            missing = set(files) - set(fetch_manifests(parent.store, branch["run"], files))
+            if missing:
+                raise HjepaError(f"branch {branch['name']} left no {' and no '.join(sorted(missing))} manifest in S3")
+            runs[branch["name"]] = Run.read(files["resolved"])
+            found[branch["name"]] = (
+                read_manifest(files["model"], "model"),
+                read_manifest(files["evaluation"], "evaluation"),
+            )
+        comparison: Json = {"schema": SCHEMA, "sweep": parent.name, **sweep.compare(content["branches"], found)}
+        comparison["mlflow_runs"] = {name: run.mlflow_run_id for name, run in runs.items()}
+        comparison["compare_url"] = parent.tracker.compare_url(list(comparison["mlflow_runs"].values()))
+        comparison["report"] = parent.store.uri(parent.key(REPORT))
+        page = folder / REPORT
+        page.write_text(_sweep_page(parent, dataset, content, comparison, runs, found, folder), "utf-8")
+        parent.store.put_file(parent.key(REPORT), page, sha256=file_sha256(page))
+        _track_comparison(parent, comparison, page)
+        shutil.copyfile(page, report_path)
+    best = comparison["best"]
+    for branch_name, run in runs.items():
+        if branch_name != best:  # the best one's row is closed by its registration
+            run.tracker.finish()
+    parent.tracker.finish()
+    parent.hand_over("comparison", comparison_path, comparison)
+    write_manifest(model_path, found[best][0])
+    write_manifest(evaluation_path, {**found[best][1], "best_of": comparison["best_of"]})
+    write_manifest(resolved_path, parent.store.get_json(runs[best].key("manifests/resolved.json")))
+    text = sweep.in_words(comparison)
+    links = {"MLflow, side by side": comparison["compare_url"], "report": comparison["report"]}
+    facts = "".join(f"\n[{name}]({address})\n" for name, address in links.items())
+    Path(summary_path).write_text(f"{text}\n\n{sweep.table(comparison)}{facts}", "utf-8")
+    say(text)
+    say(f"report: {comparison['report']}")
+    return comparison
+
+
+def _sweep_page(
+    parent: Run,
+    dataset: Json,
+    content: Json,
+    comparison: Json,
+    runs: Mapping[str, Run],
+    found: Mapping[str, tuple[Json, Json]],
+    folder: Path,
+) -> str:
+    from hjepa.report.sweep import Branch, Sweep, render_sweep
+
+    branches, differences = [], {}
+    for planned, row in zip(content["branches"], comparison["branches"], strict=True):
+        name = planned["name"]
+        model, evaluation = found[name]
+        branches.append(
+            Branch(
+                name=name,
+                settings=planned["settings"],
+                run=planned["run"],
+                evaluation=evaluation,
+                checkpoint=model["checkpoint"],
+                curves=_journal(runs[name], folder / f"{name}.jsonl"),
+                links={**evaluation["links"], "report": evaluation["report"], "model": model["uri"]},
+            )
+        )
+        if "difference" in row:
+            ends = {end: row[f"difference_{end}"] for end in ("low", "high") if f"difference_{end}" in row}
+            differences[name] = {"difference": row["difference"], **ends}
+    return render_sweep(
+        Sweep(
+            name=parent.name,
+            made_at=_now(),
+            dataset=dataset,
+            branches=branches,
+            best=comparison["best"],
+            comparisons=differences,
+            config=dump_yaml(parent.config),
+            links={"MLflow, side by side": comparison["compare_url"], "report": comparison["report"]},
+            reproduce="hjepa run --config FILE --sweep SETS  # FILE and SETS: as below",
+        )
+    )
+
+
+def _track_comparison(parent: Run, comparison: Json, page: Path) -> None:
+    rows = comparison["branches"]
+    metric = comparison["primary_metric"].rpartition("/")[2]
+    best = next(row for row in rows if row["name"] == comparison["best"])
+    parent.tracker.log_metrics_now({f"best/{metric}": best["value"]}, 0)
+    parent.tracker.set_tags({"hjepa.best_branch": comparison["best"]})
+    columns = {
+        "branch": [row["name"] for row in rows],
+        **{key: [row["settings"][key] for row in rows] for key in best["settings"]},
+        **{key: [row.get(key, "") for row in rows] for key in ("value", "low", "high", "difference", "obstacle")},
+    }
+    parent.tracker.log_table("sweep.json", columns)
+    parent.tracker.log_artifact(page)
 
 
 # -- prepare_data ----------------------------------------------------------------------------------------------------
@@ -447,8 +688,7 @@ def prepare_data(*, resolved_path: str, dataset_path: str) -> None:
         "bytes_uploaded": run.store.bytes_sent - sent_before,
         "seconds": round(time.monotonic() - started, 1),
     }
-    run.tracker.set_tags({"hjepa.dataset": manifest["name"], "hjepa.dataset_digest": manifest["digest"]})
-    run.tracker.log_dataset(manifest["name"], manifest["digest"][:16], manifest["uri"], "training")
+    _track_dataset(run, manifest)
     run.hand_over("dataset", dataset_path, manifest)
     for note in manifest["source"]["notes"]:
         say(f"note: {note}")
@@ -458,6 +698,11 @@ def prepare_data(*, resolved_path: str, dataset_path: str) -> None:
         f"data set {manifest['name']} {manifest['digest'][:16]}: {counts} images, {quarantine} quarantined, "
         f"{manifest['bytes_uploaded']:,} bytes uploaded"
     )
+
+
+def _track_dataset(run: Run, manifest: Json) -> None:
+    run.tracker.set_tags({"hjepa.dataset": manifest["name"], "hjepa.dataset_digest": manifest["digest"]})
+    run.tracker.log_dataset(manifest["name"], manifest["digest"][:16], manifest["uri"], "training")
 
 
 def _prepare_and_upload(run: Run, source: Any) -> Json:
@@ -1022,16 +1267,13 @@ def _evaluate(run: Run, dataset: Json, model: Json, folder: Path) -> Json:
     """The manifest; the report lies in ``folder`` and in S3."""
     from hjepa import export, judging
     from hjepa.distributed import World, pick_device
-    from hjepa.report import Report, read_journal, render
+    from hjepa.report import Report, render
 
     config = run.config
     key = run.store.key_of(model["uri"])
     for file, facts in model["files"].items():
         run.store.download(f"{key}/{file}", folder / file, sha256=facts["sha256"])
-    journal: list[Json] = []
-    with contextlib.suppress(ObjectNotFoundError):  # a run whose logs could not be uploaded has no curves
-        run.store.download(run.key(JOURNAL), folder / JOURNAL)
-        journal = read_journal(folder / JOURNAL)
+    journal = _journal(run, folder / JOURNAL)
     # A pod that evaluates need not have the GPUs that training had.
     device = pick_device("cpu" if config.training.device == "cpu" else "auto", World())
     encoders = {
@@ -1056,7 +1298,7 @@ def _evaluate(run: Run, dataset: Json, model: Json, folder: Path) -> Json:
     page = render(
         Report(
             run=run.name,
-            made_at=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+            made_at=_now(),
             dataset=dataset,
             checkpoint=model["checkpoint"],
             model=model,
@@ -1071,6 +1313,21 @@ def _evaluate(run: Run, dataset: Json, model: Json, folder: Path) -> Json:
     (folder / REPORT).write_text(page, "utf-8")
     run.store.put_file(run.key(REPORT), folder / REPORT, sha256=file_sha256(folder / REPORT))
     return manifest
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+
+
+def _journal(run: Run, path: Path) -> list[Json]:
+    """What training logged, by way of ``path``; a run whose logs could not be uploaded has no curves."""
+    from hjepa.report import read_journal
+
+    try:
+        run.store.download(run.key(JOURNAL), path)
+    except ObjectNotFoundError:
+        return []
+    return read_journal(path)
 
 
 def _links(run: Run) -> dict[str, str]:
@@ -1176,19 +1433,37 @@ def _cause(tree: Config, run: str, job: str, message: str) -> tuple[str, str]:
         opened = _opened(tree, run)
         if opened is None or opened.job != job:
             return "resolve_config", "it ended before the run was opened; its log has the reason"
-        launched = _stored(opened, JOB)
-        record = _stored(opened, ERROR)
+        runs = [opened, *_branches(opened)]
+        launched = [found for each in runs if (found := _stored(each, JOB))]
+        records = [_stored(each, ERROR) for each in runs]
     except HjepaError as error:
         if tree.cluster.backend != "local":  # whether there is a job, only the cluster can still tell
             _stop_job(job_name(run), tree.cluster.namespace)
         return "", f"S3 cannot be asked: {error}; KFP says: {message}"
-    if launched:
-        _stop_job(launched["name"], launched["namespace"])
-    told = record if record.get("job") == job else {}
-    if told:
-        opened.tracker.set_tags({"hjepa.failed_step": told["step"], "hjepa.failure": told["message"]})
-    opened.tracker.finish("KILLED" if told.get("exit_code") == PreemptedError.exit_code else "FAILED")
-    return (told["step"], told["message"]) if told else ("", message)
+    for item in launched:
+        _stop_job(item["name"], item["namespace"])
+    told = [(each, record) for each, record in zip(runs, records, strict=True) if record.get("job") == job]
+    for each, record in told:
+        each.tracker.set_tags({"hjepa.failed_step": record["step"], "hjepa.failure": record["message"]})
+    for each in runs:
+        if each is opened or not _stored(each, "manifests/evaluation.json"):
+            codes = [record["exit_code"] for other, record in told if each in (opened, other)]
+            each.tracker.finish("KILLED" if codes and set(codes) == {PreemptedError.exit_code} else "FAILED")
+    if len(told) == 1 and told[0][0] is opened:
+        return told[0][1]["step"], told[0][1]["message"]
+    steps = ", ".join(f"{record['step']} of {each.name}" for each, record in told)
+    return (steps, "; ".join(record["message"] for _, record in told)) if told else ("", message)
+
+
+def _branches(sweep_run: Run) -> list[Run]:
+    """The runs of a sweep that have begun; none for a run that is no sweep."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = []
+        for branch in _stored(sweep_run, "manifests/sweep.json").get("branches", []):
+            path = str(Path(folder) / branch["name"])
+            if fetch_manifests(sweep_run.store, branch["run"], {"resolved": path}):
+                found.append(Run.read(path))
+        return found
 
 
 def _opened(tree: Config, run: str) -> Run | None:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
+from hjepa import sweep
 from hjepa.utils.logging import format_seconds
 
 Json = Mapping[str, Any]
@@ -32,10 +33,48 @@ class Summary:
     commands: Sequence[tuple[str, str]]  # (what it does, command)
 
 
+@dataclass(frozen=True)
+class SweepSummary:
+    """What the steps of a finished sweep wrote."""
+
+    comparison: Json
+    registration: Json
+    step_seconds: Mapping[str, float]
+    overhead_seconds: float
+    commands: Sequence[tuple[str, str]]
+
+
 def show(summary: Summary, console: Console) -> None:
     console.print()
     console.print(_probes(summary.evaluation))
-    facts = _facts(summary)
+    _end(summary, _facts(summary), console)
+
+
+def show_sweep(summary: SweepSummary, console: Console) -> None:
+    comparison, registration = summary.comparison, summary.registration
+    console.print()
+    console.print(_branches(comparison))
+    console.print(escape(sweep.in_words(comparison)), soft_wrap=True, emoji=False)
+    facts = [("report", comparison["report"]), ("MLflow, side by side", comparison["compare_url"])]
+    _end(summary, [*facts, ("registered", _registered(registration))], console)
+
+
+def _branches(comparison: Json) -> Table:
+    rows = comparison["branches"]
+    table = Table(title=f"{len(rows)} branches", title_justify="left", title_style="bold")
+    metric = comparison["primary_metric"].rpartition("/")[2]
+    for name in ("branch", *rows[0]["settings"], COLUMNS.get(metric, metric), "best - this"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        behind = f"{row['difference']:+.4f}" if "difference" in row else ""
+        if "difference_low" in row:
+            behind += f" ({row['difference_low']:+.4f} to {row['difference_high']:+.4f})"
+        texts = [row["name"], *row["settings"].values(), _value(metric, row["value"]), behind]
+        table.add_row(*map(escape, texts), style="bold" if row["name"] == comparison["best"] else "")
+    return table
+
+
+def _end(summary: Summary | SweepSummary, facts: Sequence[tuple[str, str]], console: Console) -> None:
     width = max(len(name) for name, _ in facts)
     for name, value in facts:
         # An address that is wrapped cannot be copied, and a log has lines of any length.
@@ -87,11 +126,14 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
     facts.append(("MLflow run", registration["mlflow_run_url"]))
     if "compare_url" in registration:
         facts.append(("beside the champion", registration["compare_url"]))
-    registered = f"{registration['name']} version {registration['version']} @ {registration['alias']}"
-    facts.append(("registered", registered))
+    facts.append(("registered", _registered(registration)))
     return facts
 
 
-def _times(summary: Summary) -> str:
+def _registered(registration: Json) -> str:
+    return f"{registration['name']} version {registration['version']} @ {registration['alias']}"
+
+
+def _times(summary: Summary | SweepSummary) -> str:
     steps = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in summary.step_seconds.items())
     return f"[bold]time[/bold]  {steps}; pipeline overhead {summary.overhead_seconds:.1f} s\n"

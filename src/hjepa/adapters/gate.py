@@ -39,7 +39,8 @@ COLLAPSE_TAG = "hjepa.collapse"  # the diagnosis; empty for a healthy encoder
 CHECKS_TAG = "hjepa.checks"  # the export checks as JSON; empty where none were made
 OUTCOMES_TAG = "hjepa.outcomes"  # sha256 of the outcomes stored with the version; empty where there are none
 GATE_TAGS = tuple(
-    f"hjepa.gate.{name}" for name in ("against", "difference", "low", "high", "margin", "resamples", "test_items")
+    f"hjepa.gate.{name}"
+    for name in ("against", "difference", "low", "high", "margin", "resamples", "test_items", "best_of")
 )
 
 
@@ -134,6 +135,7 @@ class Candidate:
     outcomes: Outcomes | None = None
     collapse: str = ""  # the diagnosis; empty for a healthy encoder
     checks: Mapping[str, Any] = field(default_factory=dict)  # by format: max_abs_difference, tolerance, passed
+    best_of: int = 1  # how many models it was chosen from by this very score
 
     @classmethod
     def of_manifests(cls, model: Mapping[str, Any], evaluation: Mapping[str, Any], primary_metric: str) -> Candidate:
@@ -144,6 +146,7 @@ class Candidate:
             outcomes=Outcomes.of_json(stored) if stored else None,
             collapse=str(evaluation.get("collapse") or ""),
             checks=dict(model.get("checks") or {}),
+            best_of=int(evaluation.get("best_of", 1)),
         )
 
     @property
@@ -190,13 +193,29 @@ class Noise:
     low: float
     high: float
     items: int
+    best_of: int = 1
 
     @property
     def text(self) -> str:
+        corrected = f", corrected for the best of {self.best_of}" if self.best_of > 1 else ""
+        share = f"{100 * confidence_of(self.best_of):.4g} %" if self.best_of > 1 else f"{CONFIDENCE:.0%}"
         return (
-            f"between {self.low:+.4f} and {self.high:+.4f} in {CONFIDENCE:.0%} of {RESAMPLES} resamples "
-            f"of {self.items:,} test items"
+            f"between {self.low:+.4f} and {self.high:+.4f} in {share} of {resamples_of(self.best_of)} resamples "
+            f"of {self.items:,} test items{corrected}"
         )
+
+
+def confidence_of(best_of: int) -> float:
+    """Of the interval for a model that is the best of that many on the same test items (Bonferroni).
+
+    The best of several is partly the luckiest: with 20 equal models, one of them lies above a 95 % interval.
+    """
+    return 1 - (1 - CONFIDENCE) / best_of
+
+
+def resamples_of(best_of: int) -> int:
+    """Thinner tails need more resamples."""
+    return RESAMPLES * min(best_of, 10)
 
 
 def paired_noise(new: Candidate, rival: Candidate) -> Noise | str:
@@ -211,8 +230,10 @@ def paired_noise(new: Candidate, rival: Candidate) -> Noise | str:
     a, b = new.outcomes.correct, rival.outcomes.correct
     if len(a) != len(b):
         return f"the outcomes are of {len(a)} and of {len(b)} test items"
-    _, low, high = paired_difference(a, b, resamples=RESAMPLES, confidence=CONFIDENCE, seed=0)
-    return Noise(low, high, len(a))
+    _, low, high = paired_difference(
+        a, b, resamples=resamples_of(new.best_of), confidence=confidence_of(new.best_of), seed=0
+    )
+    return Noise(low, high, len(a), new.best_of)
 
 
 def decide(new: Candidate, champion: Candidate | None, *, champion_version: int | None, margin: float) -> Verdict:
@@ -245,8 +266,9 @@ def decide(new: Candidate, champion: Candidate | None, *, champion_version: int 
     numbers |= {
         "hjepa.gate.low": repr(noise.low),
         "hjepa.gate.high": repr(noise.high),
-        "hjepa.gate.resamples": str(RESAMPLES),
+        "hjepa.gate.resamples": str(resamples_of(noise.best_of)),
         "hjepa.gate.test_items": str(noise.items),
+        "hjepa.gate.best_of": str(noise.best_of),
     }
     clear = noise.low > 0
     by_noise = f"{'outside' if clear else 'within'} the noise ({noise.text})"

@@ -8,6 +8,7 @@ left running. If the parent itself is killed, a watchdog in the child ends the g
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -19,7 +20,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +86,7 @@ def run(
     *,
     workdir: Path,
     environment: Mapping[str, str] | None = None,
+    items: Sequence[str] = (),
     view: View | None = None,
     grace_seconds: float = 30.0,
 ) -> PipelineRun:
@@ -94,6 +97,7 @@ def run(
         arguments: Parameter name -> value; checked against the pipeline before anything starts.
         workdir: Gets ``artifacts/``, ``logs/<step>.log`` (of the latest run) and ``logs/kfp.log``.
         environment: Added to this process's environment, for KFP and all steps.
+        items: What the pipeline's loop runs over, one after the other here; a step of it is called ``ITEM.STEP``.
         view: Where progress is shown; a live table on a terminal, plain lines otherwise.
         grace_seconds: How long an interrupted step may take to save its state before it is killed.
 
@@ -114,13 +118,14 @@ def run(
     workdir = workdir.resolve()
     files = _Files(workdir)
     files.prepare()
-    request = {"yaml": pipeline.without_retries().to_yaml(), "arguments": dict(arguments), "root": str(files.artifacts)}
+    request = {"yaml": pipeline.for_one_machine().to_yaml(), "arguments": dict(arguments), "root": str(files.artifacts)}
     files.request.write_text(json.dumps(request), "utf-8")
     # -P: the folder the user happens to stand in must not shadow an installed package.
     command = [sys.executable, "-P", "-m", "hjepa.adapters.local_pipeline", str(files.request)]
     view = view or default_view()
+    names = _Names(pipeline.looped(), items)
     # KFP leaves a folder per step in the temporary folder, so the run gets its own.
-    with tempfile.TemporaryDirectory(prefix="hjepa-") as scratch, showing(view, pipeline.steps()):
+    with tempfile.TemporaryDirectory(prefix="hjepa-") as scratch, showing(view, names.in_order(pipeline.steps())):
         child = subprocess.Popen(
             [*command, scratch],
             stdin=subprocess.DEVNULL,
@@ -131,7 +136,7 @@ def run(
             env={**_child_environment(environment or {}, files), "TMPDIR": scratch},
             start_new_session=True,  # a terminal's Ctrl-C reaches this process only, which then ends the steps in order
         )
-        follower = _Follower(child, files, view)
+        follower = _Follower(child, files, view, names)
         with _ended_with_us(child, view, grace_seconds):
             follower.start()
             follower.join()
@@ -139,7 +144,6 @@ def run(
                 raise follower.error
             exit_code = child.wait()
     steps = follower.steps
-    _collect_timings(files.timings, steps)
     if exit_code != 0:
         raise _failure(exit_code, steps, files)
     return PipelineRun(steps=steps, wall_seconds=time.monotonic() - begun)
@@ -179,11 +183,40 @@ class _Files:
             old.unlink(missing_ok=True)
 
     def outputs_of(self, task: str) -> dict[str, Path]:
-        """The files a task made, by output name; KFP puts each run in a folder named by its time."""
-        folders = sorted(self.artifacts.glob(f"*/{task}"))
+        """The files a task has just made, by output name.
+
+        KFP puts each run in a folder named by its time, and each turn of a loop in one below that.
+        """
+        found = [*self.artifacts.glob(f"*/{task}"), *self.artifacts.glob(f"*/*-iteration-*/{task}")]
+        folders = sorted((folder for folder in found if folder.is_dir()), key=lambda folder: folder.stat().st_mtime_ns)
         if not folders:
             return {}
         return {item.name: item for item in sorted(folders[-1].iterdir()) if item.name != "executor_output.json"}
+
+
+class _Names:
+    """What each task is called: by its own name, and in a loop by the item's name and its own."""
+
+    def __init__(self, looped: Set[str], items: Sequence[str]):
+        self._looped, self._items = looped, list(items)
+        self._turns: Counter[str] = Counter()
+
+    def in_order(self, tasks: Sequence[str]) -> list[str]:
+        """All that will run, given the tasks in order, of which those of the loop follow one another."""
+        if not self._items:
+            return list(tasks)
+        before = list(itertools.takewhile(lambda task: task not in self._looped, tasks))
+        inside = [task for task in tasks if task in self._looped]
+        names = [f"{item}.{task}" for item in self._items for task in inside]
+        return [*before, *names, *(task for task in tasks[len(before) :] if task not in self._looped)]
+
+    def of_next(self, task: str) -> str:
+        """Of a task that has just started."""
+        if task not in self._looped:
+            return task
+        turn = self._turns[task]
+        self._turns[task] += 1
+        return f"{self._items[turn] if turn < len(self._items) else turn + 1}.{task}"
 
 
 def _child_environment(extra: Mapping[str, str], files: _Files) -> dict[str, str]:
@@ -206,7 +239,7 @@ class _Follower(threading.Thread):
     A thread of its own, so that a step's last words still arrive while the main thread is stopping it.
     """
 
-    def __init__(self, child: subprocess.Popen[str], files: _Files, view: View):
+    def __init__(self, child: subprocess.Popen[str], files: _Files, view: View, names: _Names):
         super().__init__(name="pipeline-output", daemon=True)
         assert child.stdout is not None
         self.steps: dict[str, StepRun] = {}
@@ -214,7 +247,9 @@ class _Follower(threading.Thread):
         self._output = child.stdout
         self._files = files
         self._view = view
+        self._names = names
         self._current: StepRun | None = None
+        self._timings = 0  # lines that have been read
         self._in_executor_input = False
 
     def run(self) -> None:
@@ -252,16 +287,28 @@ class _Follower(threading.Thread):
 
     def _kfp_said(self, message: str) -> None:
         if match := _STARTED.match(message):
-            step = StepRun(name=match[1], started=time.monotonic(), log=self._files.logs / f"{match[1]}.log")
-            self.steps[step.name] = self._current = step
-            self._view.started(step.name)
-        elif (match := _ENDED.match(message)) and match[1] in self.steps:
-            step = self.steps[match[1]]
+            name = self._names.of_next(match[1])
+            self._current = StepRun(name=name, started=time.monotonic(), log=self._files.logs / f"{name}.log")
+            self.steps[name] = self._current
+            self._view.started(name)
+        elif (match := _ENDED.match(message)) and self._current is not None:
+            step = self._current
             step.seconds = time.monotonic() - step.started
+            step.own_seconds = self._own_seconds(match[1])
             step.succeeded = match[2] == "SUCCESS"
-            step.artifacts = self._files.outputs_of(step.name) if step.succeeded else {}
+            step.artifacts = self._files.outputs_of(match[1]) if step.succeeded else {}
             self._current = None
             self._view.finished(step.name, succeeded=step.succeeded, seconds=step.seconds)
+
+    def _own_seconds(self, task: str) -> float | None:
+        """What the step that has just ended says of itself; None if it was killed before it could."""
+        if not self._files.timings.exists():
+            return None
+        lines = self._files.timings.read_text("utf-8").splitlines()
+        new, self._timings = lines[self._timings :], len(lines)
+        records = [json.loads(line) for line in new]
+        own = [float(item["seconds"]) for item in records if str(item["step"]).replace("_", "-") == task]
+        return own[-1] if own else None
 
 
 @contextmanager
@@ -337,16 +384,6 @@ def _kill_group(child: subprocess.Popen[str]) -> None:
         _signal(process, signal.SIGKILL)
     child.wait()
     psutil.wait_procs(members, timeout=5)
-
-
-def _collect_timings(path: Path, steps: Mapping[str, StepRun]) -> None:
-    if not path.exists():
-        return
-    for line in path.read_text("utf-8").splitlines():
-        record = json.loads(line)
-        step = steps.get(str(record["step"]).replace("_", "-"))
-        if step is not None:
-            step.own_seconds = float(record["seconds"])
 
 
 def _failure(exit_code: int, steps: Mapping[str, StepRun], files: _Files) -> HjepaError:

@@ -85,15 +85,28 @@ class CompiledPipeline:
             order += self._in_order(group) if group else ready[:1]
         return order
 
-    def without_retries(self) -> CompiledPipeline:
-        """The same pipeline in which a failed task fails at once.
+    def looped(self) -> set[str]:
+        """The tasks that run once for each item of a loop."""
+        return {
+            name
+            for dag in self._dags()
+            for task in dag["tasks"].values()
+            if "parameterIterator" in task and (group := self._group(task))
+            for name in self._in_order(group)
+        }
 
-        Retries are for pods that a cluster evicts; on one machine they only repeat a mistake.
+    def for_one_machine(self) -> CompiledPipeline:
+        """The same pipeline in which a failed task fails at once, and a loop takes one item after the other.
+
+        Retries are for pods that a cluster evicts; on one machine they only repeat a mistake. Items that run at the
+        same time would share its cores and memory.
         """
         pipeline = CompiledPipeline(copy.deepcopy(self.spec), self.platforms)
         for dag in pipeline._dags():
             for task in dag["tasks"].values():
                 task.pop("retryPolicy", None)
+                if "parameterIterator" in task:
+                    task["iteratorPolicy"] = {"parallelismLimit": 1}
         return pipeline
 
     def with_registry(self, registry: str) -> CompiledPipeline:
@@ -222,6 +235,8 @@ def _dag_problems(
         elif target.executor_label not in executors:
             yield f"{where}: no executor {target.executor_label}"
         given = {*task.inputs.parameters, *task.inputs.artifacts}
+        if task.WhichOneof("iterator") == "parameter_iterator":  # of a loop, which sets it anew each time
+            given.add(task.parameter_iterator.item_input)
         inputs = target.input_definitions
         for kind in (inputs.parameters, inputs.artifacts):
             for key, definition in kind.items():

@@ -163,10 +163,14 @@ class Tracker:
         run_name: str,
         tags: Mapping[str, str],
         params: Mapping[str, Any],
+        injected: bool = True,
     ) -> Tracker:
         """The run that ``MLFLOW_RUN_ID`` names, else the one tagged with ``run_name``, else a new one.
 
         Parameters are written once; nested mappings become dotted names, numbers stay numbers.
+
+        Args:
+            injected: Whether ``MLFLOW_RUN_ID`` counts. It names one run; the branches of a sweep have one each.
 
         Raises:
             UserError: if no server is named, or the experiment was deleted.
@@ -175,7 +179,7 @@ class Tracker:
         uri = tracking_uri(tracking.uri)
         client = _client(uri)
         with http_patience(timeout_seconds=10, retries=3), server_errors(uri, f"open the run {run_name!r}"):
-            given = os.environ.get("MLFLOW_RUN_ID", "").strip()
+            given = os.environ.get("MLFLOW_RUN_ID", "").strip() if injected else ""
             if given:
                 run = client.get_run(given)
             else:
