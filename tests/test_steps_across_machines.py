@@ -97,14 +97,33 @@ def test_steps__each_on_another_machine_make_one_run(images: Path, storage: str,
     done(hjepa(third, "export", "--run-uri", run_uri))
     done(hjepa(first, "evaluate", "--config", str(config), "--run", "far"))
     assert manifest(first, "evaluation")["model_digest"] == manifest(third, "model")["digest"]
+    store = S3Store(storage)
+    report_of = first / "report.html"
+    store.download("runs/far/report.html", report_of)
+    told = report_of.read_text("utf-8")
+    assert "Error of level 1 by position" in told
+    assert "what the context encoder sees" in told.casefold()
     runs = {manifest(machine, "resolved")["run"]["mlflow_run_id"] for machine in (first, second, third)}
     assert len(runs) == 1
 
     # Trained already: a second pod of the same job takes the recorded result instead of training again.
     again = done(hjepa(third, "train", "--run-uri", run_uri))
     assert "already done for run far" in again
-    kinds = {Path(item.key).stem for item in S3Store(storage).list("runs/far/manifests/")}
+    kinds = {Path(item.key).stem for item in store.list("runs/far/manifests/")}
     assert kinds == {"resolved", "dataset", "checkpoint", "model", "evaluation"}
+
+    # The export outlives its checkpoint: what only that could show is left out, and the page says why.
+    scores = manifest(first, "evaluation")["metrics"]
+    gone = manifest(second, "checkpoint")["uri"]
+    store.delete(store.key_of(gone))
+    store.delete("runs/far/steps/evaluate.json")
+    done(hjepa(first, "evaluate", "--config", str(config), "--run", "far"))
+    assert manifest(first, "evaluation")["metrics"] == scores
+    store.download("runs/far/report.html", report_of)
+    told = report_of.read_text("utf-8")
+    assert f"the checkpoint {gone} is gone" in told
+    assert "No errors by position" in told
+    assert "Mask examples" in told
 
 
 def test_cluster__a_changed_section_takes_effect_and_is_the_same_run(

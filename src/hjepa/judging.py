@@ -13,19 +13,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hjepa import evaluation, training
 from hjepa.config import Config
 from hjepa.data.loader import ShardDataset
+from hjepa.data.transforms import normalize
 from hjepa.errors import UserError
 from hjepa.evaluation import Features, Judged, Row, label_free
 from hjepa.export import ExportedEncoder
+from hjepa.masks import MultiBlockMasking
+from hjepa.models import HJEPAModel, MaskTensors
 from hjepa.report import Neighbours, Pictures
-from hjepa.report.pictures import embedding_map, nearest, pca_maps
+from hjepa.report.pictures import embedding_map, nearest, pca_maps, position_errors
+from hjepa.trainers.step import move
 from hjepa.utils.collapse import CollapseMonitor, collapse_metrics
 from hjepa.utils.logging import say
-from hjepa.utils.pictures import as_pictures
+from hjepa.utils.pictures import as_pictures, mask_picture
 
 Json = dict[str, Any]
 
@@ -37,6 +42,7 @@ PREFIXES = {
     "pixel PCA": "reference/pca",
 }
 SHOWN, NEIGHBOURS, MAPPED = 8, 6, 1500  # images of the report's figures
+PREDICTED, DRAWS = 512, 16  # images whose hidden cells are predicted, in batches that share the size of their blocks
 # What changes no result, or only chooses among results: scores stay comparable.
 NO_MATTER = {"batch_size", "primary_metric", "token_cache_gb"}
 
@@ -99,8 +105,14 @@ class Judge:
             rows += found.rows
         return rows
 
-    def pictures(self, encoder: ExportedEncoder, features: Mapping[str, Features]) -> Pictures:
-        """What the report draws of the trained encoder; no neighbours where there is one split alone."""
+    def pictures(
+        self, encoder: ExportedEncoder, features: Mapping[str, Features], model: HJEPAModel | None = None
+    ) -> Pictures:
+        """What the report draws of the trained encoder; no neighbours where there is one split alone.
+
+        Args:
+            model: That of the encoder, for the errors of its predictions.
+        """
         split = self.judged_split
         judged = features[split]
         shown = self._first(split, SHOWN)
@@ -116,13 +128,41 @@ class Judge:
                 query_labels=judged.labels[:SHOWN].tolist() if self.labelled else [],
                 found_labels=features["train"].labels[found].tolist() if self.labelled else [],
             )
+        masks = self.masks(0, len(shown))
         return Pictures(
             images=as_pictures(shown),
             maps=pca_maps(encoder, shown, device=self.device),
             neighbours=neighbours,
             embedding=embedding_map(judged.tables["all"][:MAPPED]),
             embedding_labels=labels,
+            errors=self.errors(model) if model else (),
+            masks=mask_picture(shown, masks.context, masks.targets, self.config.grid_size),
         )
+
+    def errors(self, model: HJEPAModel) -> list[NDArray[np.float64]]:
+        """Per level (grid, grid), the mean error of predicting a cell; NaN where no mask of these draws hid one.
+
+        Always of ``PREDICTED`` pairs of an image and a mask: where there are fewer images they come again, under other
+        masks.
+        """
+        say("predicting hidden cells")
+        images, size = self._first(self.judged_split, PREDICTED), PREDICTED // DRAWS
+        statistics = self.dataset["statistics"]
+
+        def batches() -> Iterator[tuple[Tensor, MaskTensors]]:
+            for draw in range(DRAWS):
+                chosen = images[torch.arange(draw * size, (draw + 1) * size) % len(images)].to(self.device)
+                masks = move(self.masks(draw, size), torch.device(self.device))
+                yield normalize(chosen, statistics["mean"], statistics["std"]), masks
+
+        return position_errors(model.to(self.device), batches(), beta=self.config.loss.smooth_l1_beta)
+
+    def masks(self, draw: int, count: int) -> MaskTensors:
+        """Masks of ``count`` images, drawn as training draws those of its step ``draw``."""
+        samples = np.arange(draw * count, (draw + 1) * count)
+        masks = MultiBlockMasking(self.config)(step=draw, epochs=0, samples=samples)
+        context, union, place = (torch.from_numpy(item) for item in (masks.context, masks.union, masks.place))
+        return MaskTensors(context, [torch.from_numpy(cells) for cells in masks.targets], union, place, masks.rows)
 
     def _first(self, split: str, count: int) -> Tensor:
         return torch.stack(list(islice((image for batch, _ in self.batches(split) for image in batch), count)))
@@ -140,7 +180,9 @@ def judge(
     images: Mapping[str, ShardDataset],
     *,
     device: str,
+    model: HJEPAModel | None = None,
     journal: Sequence[Mapping[str, Any]] = (),
+    notes: Sequence[str] = (),
 ) -> Judgement:
     """Judge ``trained`` beside the other encoders and raw pixels, on one split.
 
@@ -148,28 +190,29 @@ def judge(
         dataset: Its manifest.
         encoders: ``trained`` and ``random init``.
         images: The splits that have images.
+        model: The whole model of ``trained``; without it the errors of its predictions are not shown.
         journal: What training logged: {"images_seen": n, metric: value, ...}.
+        notes: What the reader has to know about all this.
 
     Raises:
         UserError: ``evaluation.primary_metric`` is not among what was measured.
     """
     of = Judge(config, dataset, images, device)
     table: list[Row] = []
-    notes: list[str] = []
     trained: Judged | None = None
     pictures = Pictures()
     for name, encoder in encoders.items():
         found, features = of.encoder(name, encoder)
         table += found.rows
         if name == "trained":
-            trained, notes, pictures = found, found.notes, of.pictures(encoder, features)
+            trained, pictures = found, of.pictures(encoder, features, model)
     if of.labelled:
         table += of.pixels()
-    else:
-        notes = ["the data set has no labels in both splits: label-free measures only, no k-NN and no probe"]
+    assert trained is not None
+    unlabelled = "the data set has no labels in both splits: label-free measures only, no k-NN and no probe"
+    notes = [*(trained.notes if of.labelled else [unlabelled]), *notes]
     for note in notes:
         say(f"note: {note}")
-    assert trained is not None
     metrics = flat_metrics(table)
     primary = config.evaluation.primary_metric if of.labelled else "eval/rankme"
     if primary not in metrics:

@@ -1265,7 +1265,7 @@ def evaluation_summary(manifest: Json) -> str:
 
 def _evaluate(run: Run, dataset: Json, model: Json, folder: Path) -> Json:
     """The manifest; the report lies in ``folder`` and in S3."""
-    from hjepa import export, judging
+    from hjepa import export, judging, training
     from hjepa.distributed import World, pick_device
     from hjepa.report import Report, render
 
@@ -1285,7 +1285,19 @@ def _evaluate(run: Run, dataset: Json, model: Json, folder: Path) -> Json:
         for name in ("train", "test")
         if dataset["splits"].get(name, {}).get("samples")
     }
-    judged = judging.judge(config, dataset, encoders, images, device=str(device), journal=journal)
+    checkpoint, notes = model["checkpoint"], []
+    whole = None
+    try:
+        local = folder / "checkpoint.pth"
+        run.store.download(run.store.key_of(checkpoint["uri"]), local, sha256=checkpoint["sha256"])
+    except ObjectNotFoundError:  # pruned since: the encoder lives on in its export, the predictor does not
+        notes.append(f"the checkpoint {checkpoint['uri']} is gone, so the errors of its predictions are not shown")
+    else:
+        whole = training.model_of_checkpoint(local, config, name=checkpoint["uri"])
+        local.unlink()
+    judged = judging.judge(
+        config, dataset, encoders, images, device=str(device), model=whole, journal=journal, notes=notes
+    )
     metrics = judged.manifest["metrics"]
     manifest = {
         "schema": SCHEMA,

@@ -14,14 +14,14 @@ from hjepa.data import create_dataloaders
 from hjepa.data.loader import EvalLoader, ShardDataset
 from hjepa.data.transforms import normalize
 from hjepa.distributed import World, init, leave, on_main, pick_device
-from hjepa.errors import FutileRetryError, PreemptedError, UserError
+from hjepa.errors import FutileRetryError, HjepaError, PreemptedError, UserError
 from hjepa.evaluation import knn
 from hjepa.losses import HierarchicalLoss
 from hjepa.masks import MultiBlockMasking
 from hjepa.models import HierarchicalEncoder, HJEPAModel
 from hjepa.trainers import HJEPATrainer, TrainingResult, create_optimizer
 from hjepa.trainers.trainer import Loader, Probe
-from hjepa.utils.checkpoint import SavedCheckpoint
+from hjepa.utils.checkpoint import SavedCheckpoint, misfits_of_model, read_checkpoint
 from hjepa.utils.collapse import collapse_of_levels
 from hjepa.utils.logging import MetricsLogger, append_json_line, say
 
@@ -54,6 +54,26 @@ def build_trainer(
         probe=probe,
         on_saved=on_saved,
     )
+
+
+def model_of_checkpoint(path: Path, config: Config, *, name: str) -> HJEPAModel:
+    """The whole model with the weights of a training checkpoint, on the CPU and for inference.
+
+    Args:
+        name: What messages call the checkpoint.
+
+    Raises:
+        HjepaError: the checkpoint is of a model of another shape, or damaged.
+    """
+    model = HJEPAModel(config)
+    weights = read_checkpoint(path, parts=("model",))["model"]
+    if misfits := misfits_of_model(model.state_dict(), weights):
+        raise HjepaError(
+            f"{name} does not fit the configuration of this run; {'; '.join(misfits)}.\n"
+            "Use it with the configuration it was trained with."
+        )
+    model.load_state_dict(weights)
+    return model.eval().requires_grad_(False)
 
 
 def train_alone(config: Config, *, resume: str | Path | None = "auto", device: str | None = None) -> TrainingResult:

@@ -199,7 +199,8 @@ def _shape(value: Any) -> str:
     return "x".join(map(str, value.shape)) or "a number" if isinstance(value, Tensor) else type(value).__name__
 
 
-def _misfits_of_model(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+def misfits_of_model(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """In words, where the tensors of a file differ from a model's by name or shape; empty where they fit."""
     lists = {
         "only in the model": [name for name in ours if name not in theirs],
         "only in the file": [name for name in theirs if name not in ours],
@@ -509,7 +510,7 @@ class CheckpointManager:
             target = unwrap(model)
             names = {_plain(name): name for name in target.state_dict()}
             weights = {names.get(name, name): value for name, value in content["model"].items()}
-            misfits = _misfits_of_model(target.state_dict(), weights)
+            misfits = misfits_of_model(target.state_dict(), weights)
             if misfits:
                 raise UserError(
                     f"{checkpoint_path} does not fit this model; {'; '.join(misfits)}.\nUse the configuration it was "
