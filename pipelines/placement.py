@@ -24,6 +24,7 @@ OF_TASKS = {
     "shm", "node_selector", "tolerations", "queue", "s3_secret", "mlflow_secret", "env",
 }  # fmt: skip
 IMAGES = "/data"  # where the claim with the images is mounted: data_root=/data
+BRANCHES_AT_ONCE = 2  # of a sweep; each takes the GPUs of its training
 HOUR = 3600
 DAY = 24 * HOUR
 
@@ -34,12 +35,19 @@ class Placement:
     Args:
         profile: A file with a section ``cluster``; None takes the defaults.
         images_claim: PersistentVolumeClaim with the images, which prepare_data reads at ``IMAGES``; None mounts none.
+        branches_at_once: How many branches of a sweep train at the same time.
 
     Raises:
         hjepa.errors.UserError: for every mistake in the profile, or for a claim that can have no such name.
     """
 
-    def __init__(self, profile: Path | None = None, images_claim: str | None = None):
+    def __init__(
+        self,
+        profile: Path | None = None,
+        images_claim: str | None = None,
+        *,
+        branches_at_once: int = BRANCHES_AT_ONCE,
+    ):
         from hjepa import steps
         from hjepa.config import load_config
         from hjepa.errors import UserError
@@ -51,6 +59,7 @@ class Placement:
                 "digits, '-' and '.', as `kubectl get pvc` prints it"
             )
         self.images_claim = images_claim
+        self.branches_at_once = branches_at_once
         settings = steps.profile_settings(str(profile)) if profile else []
         self.cluster: ClusterConfig = load_config("default", settings).cluster
         given = {item.partition("=")[0].removeprefix("cluster.") for item in settings}

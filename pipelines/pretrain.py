@@ -24,10 +24,9 @@ from components.resolve_branch import resolve_branch
 from components.resolve_config import resolve_config
 from components.resolve_sweep import resolve_sweep
 from components.train import train
-from pipelines.placement import DAY, HOUR, Placement
+from pipelines.placement import BRANCHES_AT_ONCE, DAY, HOUR, Placement
 
 COMPILED = Path(__file__).with_name("compiled")
-BRANCHES_AT_ONCE = 2  # of a sweep; each takes the GPUs of its training
 JOB = dsl.PIPELINE_JOB_ID_PLACEHOLDER
 Train = Callable[[dsl.PipelineTask, dsl.PipelineTask], dsl.PipelineTask]  # (resolved, prepared) -> trained
 
@@ -167,8 +166,8 @@ def pretrain_distributed(place: Placement) -> Any:
     return pipeline
 
 
-def pretrain_sweep(place: Placement, *, at_once: int = BRANCHES_AT_ONCE) -> Any:
-    """The pipeline that trains several settings, at most ``at_once`` of them at the same time."""
+def pretrain_sweep(place: Placement) -> Any:
+    """The pipeline that trains several settings, ``place.branches_at_once`` of them at the same time."""
 
     @dsl.pipeline(name="hjepa-pretrain-sweep")
     def pipeline(
@@ -231,7 +230,7 @@ def pretrain_sweep(place: Placement, *, at_once: int = BRANCHES_AT_ONCE) -> Any:
             sweep = {"resolved_sweep": planned.outputs["resolved"], "sweep": planned.outputs["sweep"]}
             prepared = _prepare(place, planned.outputs["resolved"])
             sweep["dataset"] = prepared.output
-            with dsl.ParallelFor(planned.outputs["Output"], parallelism=at_once) as branch:
+            with dsl.ParallelFor(planned.outputs["Output"], parallelism=place.branches_at_once) as branch:
                 resolved = resolve_branch(**sweep, branch=branch, gpus=gpus)
                 place.everywhere(resolved, timeout_seconds=HOUR // 4)
                 trained = _train_here(place, resolved.output, prepared, gpus)
@@ -319,8 +318,17 @@ def main() -> int:
     parser.add_argument("--pipeline", choices=PIPELINES, default="pretrain", help="which one goes to OUTPUT")
     parser.add_argument("--profile", type=Path, help="a cluster's profile, such as pipelines/profiles/kind.yaml")
     parser.add_argument("--images-claim", metavar="NAME", help="claim with the images, for prepare_data at /data")
+    parser.add_argument(
+        "--at-once",
+        type=int,
+        default=BRANCHES_AT_ONCE,
+        metavar="N",
+        help="branches of pretrain-sweep that run at the same time (default: %(default)s)",
+    )
     options = parser.parse_args()
-    if options.output is None and (options.profile or options.images_claim):
+    if options.at_once < 1:
+        parser.error(f"--at-once {options.at_once}: expected 1 or more")
+    if options.output is None and (options.profile or options.images_claim or options.at_once != BRANCHES_AT_ONCE):
         parser.error("name the OUTPUT: the committed pipelines belong to no cluster")
     if options.output is not None and options.output.suffix not in {".yaml", ".yml"}:
         parser.error(f"{options.output}: expected a name that ends with .yaml")
@@ -329,14 +337,14 @@ def main() -> int:
             for name in PIPELINES:
                 compile_to(COMPILED / f"{name}.yaml", name, Placement())
             return 0
-        place = Placement(options.profile, options.images_claim)
+        place = Placement(options.profile, options.images_claim, branches_at_once=options.at_once)
         compile_to(options.output, options.pipeline, place)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return UserError.exit_code
-    if options.pipeline == "pretrain" and place.of_jobs_alone:
+    if options.pipeline != "pretrain-distributed" and place.of_jobs_alone:
         keys = ", ".join(f"cluster.{key}" for key in place.of_jobs_alone)
-        print(f"note: without effect in pretrain, which starts no training job: {keys}", file=sys.stderr)
+        print(f"note: without effect in {options.pipeline}, which starts no training job: {keys}", file=sys.stderr)
     return 0
 
 

@@ -23,11 +23,12 @@ from hjepa.adapters.cluster.spec import train_image
 from hjepa.adapters.pipeline_spec import CompiledPipeline
 from hjepa.config import ClusterConfig, Config, load_config
 from hjepa.errors import UserError
-from pipelines.placement import OF_TASKS, Placement
+from pipelines.placement import BRANCHES_AT_ONCE, OF_TASKS, Placement
 
 ROOT = Path(__file__).parents[1]
 ALL_COMPILED = sorted((ROOT / "pipelines" / "compiled").glob("*.yaml"))
 PRETRAIN = ROOT / "pipelines" / "compiled" / "pretrain.yaml"
+SWEEP = ROOT / "pipelines" / "compiled" / "pretrain-sweep.yaml"
 DISTRIBUTED = ROOT / "pipelines" / "compiled" / "pretrain-distributed.yaml"
 STEPS = ["resolve-config", "prepare-data", "train", "export-checkpoint", "evaluate", "register-model", "report"]
 
@@ -131,7 +132,7 @@ def test_compiled__report_runs_whatever_happens(path: Path) -> None:
     assert report["triggerPolicy"] == {"strategy": "ALL_UPSTREAM_TASKS_COMPLETED"}
     assert set(pipeline.spec["root"]["dag"]["tasks"]) == {*report["dependentTasks"], "report"}
     # What leads to the run's servers must reach both the first step and the last one in the same way.
-    first = pipeline.tasks["resolve-config"]["inputs"]["parameters"]
+    first = pipeline.tasks[pipeline.steps()[0]]["inputs"]["parameters"]
     for name, source in report["inputs"]["parameters"].items():
         if name == "status":
             continue
@@ -404,6 +405,30 @@ def test_with_registry__reaches_the_image_of_a_launched_job(pretrain: CompiledPi
     config = load_config("default", steps.profile_settings(profile))
     assert train_image(config.cluster).startswith("registry.example.com/team/hjepa-train:")
     assert pretrain.parameters["profile"]["defaultValue"] == ""
+
+
+def test_sweep__branches_run_side_by_side_within_a_bound_and_meet_again(tmp_path: Path) -> None:
+    sweep = pipeline_spec.load(SWEEP)
+    assert sweep.looped() == {"resolve-branch", "train", "export-checkpoint", "evaluate"}
+    loop = sweep.spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]["for-loop-2"]
+    assert loop["iteratorPolicy"] == {"parallelismLimit": BRANCHES_AT_ONCE}
+    assert sweep.tasks["compare-branches"]["dependentTasks"] == ["for-loop-2", "prepare-data", "resolve-sweep"]
+    one = sweep.for_one_machine().spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]["for-loop-2"]
+    assert one["iteratorPolicy"] == {"parallelismLimit": 1}
+    output = tmp_path / "wide.yaml"
+    subprocess.run(
+        [sys.executable, "-m", "pipelines.pretrain", "--pipeline", "pretrain-sweep", "--at-once", "7", str(output)],
+        cwd=ROOT,
+        check=True,
+    )
+    assert "parallelismLimit: 7" in output.read_text("utf-8")
+
+
+def test_sweep__trains_like_pretrain(pretrain: CompiledPipeline) -> None:
+    sweep = pipeline_spec.load(SWEEP)
+    for step in ("exec-prepare-data", "exec-train", "exec-export-checkpoint", "exec-evaluate", "exec-register-model"):
+        assert executors(sweep)[step] == executors(pretrain)[step]
+        assert kubernetes(sweep)[step] == kubernetes(pretrain)[step]
 
 
 def test_for_one_machine__changes_nothing_else(pretrain: CompiledPipeline) -> None:
