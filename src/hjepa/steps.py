@@ -172,7 +172,7 @@ def _code_hash() -> str:
     """Of every source file and configuration of the package, so that two edits are two versions."""
     package = Path(__file__).resolve().parent
     digest = hashlib.sha256()
-    for path in sorted(item for item in package.rglob("*") if item.suffix in {".py", ".yaml"}):
+    for path in sorted(item for item in package.rglob("*") if item.suffix in {".py", ".yaml", ".css", ".j2"}):
         digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:8]
 
