@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 10, 34  # margins in pixels
 COLOURS = 10  # --c0 ... --c9 of the page's style sheet
+MANY, DASHES = 7, 4  # --t0 ... --t6 and the classes d0 ... d3 there
+MARKS = 20  # pixels for a series' number
 MOST_POINTS = 240  # of one line; more cannot be told apart at this width
 Points = Sequence[tuple[float, float]]
 
@@ -32,6 +34,10 @@ class Interval:
     @property
     def ends(self) -> tuple[float, float]:
         return (self.value if self.low is None else self.low), (self.value if self.high is None else self.high)
+
+    @property
+    def finite(self) -> bool:
+        return all(map(math.isfinite, (self.value, *self.ends)))
 
 
 @dataclass(frozen=True)
@@ -90,22 +96,73 @@ def compact(value: float) -> str:
     return f"{value:.3g}"
 
 
+def many(number: int) -> str:
+    """Classes of one of many series: colours that the colour-blind can tell apart, and dashes; 28 pairs of them."""
+    return f"t{number % MANY} d{number % DASHES}"
+
+
+def swatch(number: int) -> Markup:
+    """A piece of the line of a series, for tables and legends; its name stands beside it."""
+    return Markup(
+        '<svg class="swatch" viewBox="0 0 30 8" width="30" height="8" aria-hidden="true">'
+        '<line class="line {}" x1="1" x2="29" y1="4" y2="4"/></svg>'
+    ).format(many(number))
+
+
 def lines(
-    title: str, series: Mapping[str, Points], *, log: bool = False, form: Callable[[float], str] = compact
+    title: str,
+    series: Mapping[str, Points],
+    *,
+    log: bool = False,
+    form: Callable[[float], str] = compact,
+    numbers: Sequence[int] = (),
 ) -> Markup:
-    """Values over images seen. ``series`` holds at least one point, and finite numbers only."""
+    """Values over images seen. ``series`` holds at least one point, and finite numbers only.
+
+    Args:
+        numbers: One per series, from 0. Then they are ``many``: told apart by dashes too, and by their number (from 1)
+            beside their last point. Without it a series has a colour alone.
+    """
     xs = [x for points in series.values() for x, _ in points]
     ys = [y for points in series.values() for _, y in points]
-    across = axis([0, *xs], LEFT, WIDTH - RIGHT, pad=0)
+    across = axis([0, *xs], LEFT, WIDTH - (RIGHT + MARKS if numbers else RIGHT), pad=0)
     up = axis(ys, HEIGHT - BOTTOM, TOP, log=log)
     words = "; ".join(f"{name} from {form(p[0][1])} to {form(p[-1][1])}" for name, p in series.items())
     parts = [_frame(across, up, form, "images seen")]
-    for number, points in enumerate(series.values()):
+    looks = [many(n) for n in numbers] or [f"s{n % COLOURS}" for n in range(len(series))]
+    ends = []
+    for look, points in zip(looks, series.values(), strict=True):
         path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in thinned(points))
-        parts.append(Markup('<polyline class="line s{}" points="{}"/>').format(number % COLOURS, path))
-        x, y = points[-1]
-        parts.append(_dot(across(x), up(y), number))
-    return _figure(f"{title}: {words}", parts)
+        parts.append(Markup('<polyline class="line {}" points="{}"/>').format(look, path))
+        ends.append((across(points[-1][0]), up(points[-1][1])))
+        parts.append(_dot(*ends[-1], look))
+    return _figure(f"{title}: {words}", parts + _marks(numbers, ends))
+
+
+def _marks(numbers: Sequence[int], ends: Points) -> list[Markup]:
+    """The number of each series at the right, level with its last point where there is room."""
+    order = sorted(range(len(numbers)), key=lambda i: (round(ends[i][1], 1), numbers[i]))
+    heights = spread([ends[i][1] for i in order], 11, TOP, HEIGHT - BOTTOM)
+    parts = []
+    for i, y in zip(order, heights, strict=True):
+        leader = '<line class="trail" x1="{:.1f}" y1="{:.1f}" x2="{}" y2="{:.1f}"/>'
+        parts.append(Markup(leader).format(ends[i][0] + 4, ends[i][1], WIDTH - MARKS + 1, y))
+        mark = '<text class="end" x="{}" y="{:.1f}">{}</text>'
+        parts.append(Markup(mark).format(WIDTH - 2, y + 4, numbers[i] + 1))
+    return parts
+
+
+def spread(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Ascending ``places`` moved apart to ``gap``, or as far as ``low`` to ``high`` allows; their order stays."""
+    gap = min(gap, (high - low) / max(len(places) - 1, 1))
+    moved: list[float] = []
+    for place in places:
+        moved.append(max(place, moved[-1] + gap if moved else low))
+    ceiling = high
+    for i in reversed(range(len(moved))):
+        moved[i] = min(moved[i], ceiling)
+        ceiling = moved[i] - gap
+    return moved
 
 
 def thinned(points: Points) -> Points:
@@ -123,7 +180,7 @@ def scatter(title: str, points: Points, *, x_name: str, form: Callable[[float], 
     placed = [(across(x), up(y)) for x, y in points]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
     parts = [_frame(across, up, form, x_name), Markup('<polyline class="trail" points="{}"/>').format(path)]
-    parts += [_dot(x, y, 0) for x, y in placed]
+    parts += [_dot(x, y, "s0") for x, y in placed]
     x, y = placed[-1]
     parts.append(Markup('<circle class="ring" cx="{:.1f}" cy="{:.1f}" r="6.5"/>').format(x, y))
     return _figure(title, parts)
@@ -143,40 +200,59 @@ def cloud(title: str, points: NDArray[Any], groups: Sequence[int]) -> Markup:
 
 
 def ranges(
-    title: str, rows: Sequence[tuple[str, Sequence[Interval | None]]], references: Sequence[tuple[str, float]]
+    title: str,
+    rows: Sequence[tuple[str, Sequence[Interval | None]]],
+    references: Sequence[tuple[str, float]],
+    *,
+    numbers: Sequence[int] = (),
 ) -> Markup:
-    """Per row a name and the intervals of the series, above each other; references are dashed upright lines."""
+    """Per row a name and the intervals of the series, above each other; references are dashed upright lines.
+
+    Args:
+        numbers: One per series, as for ``lines``.
+    """
     flat = [end for _, found in rows for item in found if item for end in item.ends]
-    pitch = 34
+    pitch, step = (13 * len(numbers) + 14, 13) if numbers else (34, 11)
+    looks = [many(n) for n in numbers] or [f"s{n}" for n in range(COLOURS)]
     bottom = TOP + pitch * len(rows)
-    across = axis([*flat, *(value for _, value in references)], 62, WIDTH - RIGHT)
+    across = axis([*flat, *(value for _, value in references)], 62 + (MARKS if numbers else 0), WIDTH - RIGHT)
     parts = [_across(across, TOP, bottom, percent)]
     for number, (_, value) in enumerate(references):
         x = across(value)
-        mark = '<line class="reference s{}" x1="{:.1f}" x2="{:.1f}" y1="{}" y2="{}"/>'
-        parts.append(Markup(mark).format(number + 2, x, x, TOP, bottom))
+        mark = '<line class="reference {}" x1="{:.1f}" x2="{:.1f}" y1="{}" y2="{}"/>'
+        look = f"d{number + 1}" if numbers else f"s{number + 2}"
+        parts.append(Markup(mark).format(look, x, x, TOP, bottom))
     for i, (name, found) in enumerate(rows):
         middle = TOP + pitch * (i + 0.5)
         parts.append(Markup('<text class="name" x="0" y="{:.1f}">{}</text>').format(middle + 4, name))
         for number, item in enumerate(found):
             if item:
-                y = middle + (number - (len(found) - 1) / 2) * 11
+                y = middle + (number - (len(found) - 1) / 2) * step
                 low, high = (across(end) for end in item.ends)
-                whisker = '<line class="whisker s{}" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>'
-                parts.append(Markup(whisker).format(number, low, high, y, y))
-                parts.append(_dot(across(item.value), y, number))
+                whisker = '<line class="whisker {}" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>'
+                parts.append(Markup(whisker).format(looks[number].partition(" ")[0], low, high, y, y))
+                parts.append(_dot(across(item.value), y, looks[number]))
+                if numbers:
+                    mark = '<text class="end" x="{}" y="{:.1f}">{}</text>'
+                    parts.append(Markup(mark).format(across.start - 4, y + 4, numbers[number] + 1))
     return _figure(title, parts, height=bottom + 22)
 
 
-def bar(item: Interval, low: float, high: float) -> Markup:
-    """A small interval on a track from ``low`` to ``high``; readers hear the numbers beside it."""
+def bar(item: Interval, low: float, high: float, *, zero: bool = False) -> Markup:
+    """A small interval on a track from ``low`` to ``high``; readers hear the numbers beside it.
+
+    Args:
+        zero: Whether 0, which is on the track, is marked.
+    """
     place = axis([low, high], 3, 93, pad=0)
     a, b = (place(end) for end in item.ends)
+    upright = Markup('<line class="zero" x1="{0:.1f}" x2="{0:.1f}" y1="0" y2="8"/>')
+    mark = upright.format(place(0)) if zero else ""
     return Markup(
         '<svg class="bar" viewBox="0 0 96 8" width="96" height="8" aria-hidden="true"><line class="track" x1="0" '
-        'x2="96" y1="4" y2="4"/><line class="span" x1="{:.1f}" x2="{:.1f}" y1="4" y2="4"/>'
+        'x2="96" y1="4" y2="4"/>{}<line class="span" x1="{:.1f}" x2="{:.1f}" y1="4" y2="4"/>'
         '<circle cx="{:.1f}" cy="4" r="2.6"/></svg>'
-    ).format(a, b, place(item.value))
+    ).format(mark, a, b, place(item.value))
 
 
 def heat_grid(title: str, values: NDArray[Any]) -> Markup:
@@ -205,11 +281,11 @@ def _frame(across: Axis, up: Axis, form: Callable[[float], str], x_name: str) ->
     for value in up.ticks():
         y = up(value)
         grid = '<line class="rule" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>'
-        parts.append(Markup(grid).format(LEFT, WIDTH - RIGHT, y, y))
+        parts.append(Markup(grid).format(LEFT, across.end, y, y))
         label = '<text class="end" x="{}" y="{:.1f}">{}</text>'
         parts.append(Markup(label).format(LEFT - 6, y + 4, form(value)))
     caption = '<text class="middle" x="{:.1f}" y="{}">{}</text>'
-    parts.append(Markup(caption).format((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 2, x_name))
+    parts.append(Markup(caption).format((LEFT + across.end) / 2, HEIGHT - 2, x_name))
     return Markup("").join(parts)
 
 
@@ -227,8 +303,8 @@ def _across(across: Axis, top: float | None, bottom: float, form: Callable[[floa
     return Markup("").join(parts)
 
 
-def _dot(x: float, y: float, number: int) -> Markup:
-    return Markup('<circle class="dot s{}" cx="{:.1f}" cy="{:.1f}" r="3.2"/>').format(number % COLOURS, x, y)
+def _dot(x: float, y: float, look: str) -> Markup:
+    return Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="3.2"/>').format(look, x, y)
 
 
 def _figure(title: str, parts: Sequence[Markup], *, width: int = WIDTH, height: int = HEIGHT) -> Markup:

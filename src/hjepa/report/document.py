@@ -6,18 +6,32 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
 from numpy.typing import NDArray
 
-from hjepa.report import charts, figures, tables
+from hjepa.report import figures, tables
+from hjepa.report.page import fill
 from hjepa.utils.pictures import Picture
 
 Json = Mapping[str, Any]
+SECTIONS = {
+    "results": "Results",
+    "levels": "Levels",
+    "training": "Training",
+    "label-free": "Label-free score",
+    "confusion": "Confusion",
+    "classes": "Classes",
+    "maps": "Feature maps",
+    "neighbours": "Neighbours",
+    "embedding": "Embedding",
+    "errors": "Errors by position",
+    "masks": "Masks",
+    "data": "Data set",
+    "reproduce": "Reproduce",
+    "config": "Configuration",
+}
 Curves = dict[str, list[tuple[float, float]]]  # metric -> (images seen, value), ascending
 
 
@@ -80,9 +94,12 @@ def render(report: Report) -> str:
     """The document. Names that come from outside are escaped."""
     labelled = _labelled(report.dataset)
     view = {
+        "title": report.run,
+        "kind": "H-JEPA report",
+        "made_at": report.made_at,
+        "sections": list(SECTIONS.items()),
         "report": report,
         "labelled": labelled,
-        "style": Markup(_source("report.css")),  # our own file, not a user's text
         "headline": tables.headline(report.evaluation),
         "lead": tables.in_words(report.evaluation, report.dataset),
         "primary": tables.primary(report.evaluation),
@@ -101,7 +118,7 @@ def render(report: Report) -> str:
         "facts": tables.identity(report.checkpoint, report.model, report.evaluation),
         "no_labels": "The data set has no labels in both splits, so nothing can be counted as right or wrong.",
     }
-    return _template().render(view)
+    return fill("report.html.j2", view)
 
 
 def by_metric(records: Sequence[Json]) -> Curves:
@@ -121,20 +138,3 @@ def _labelled(dataset: Json) -> bool:
 
 def _classes(report: Report) -> list[str]:
     return list(report.evaluation.get("classes") or report.dataset.get("classes") or [])
-
-
-@cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_source),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"short": tables.short, "percent": charts.percent, "bytes": tables.in_bytes}
-    return environment.get_template("report.html.j2")
-
-
-def _source(name: str) -> str:
-    return (Path(__file__).parent / name).read_text("utf-8")

@@ -32,6 +32,12 @@ MOST_IMAGES, MOST_NEIGHBOURS = 8, 6
 MOST_DOTS = 3000
 MOST_LEVEL_CHARTS = 6
 MASKS_WIDTH = 1200  # pixels
+CURVES = (  # title, metric, metric of a level, another metric of the same chart and its name
+    ("Loss", "train/loss", "train/loss_{}", ("val/loss", "validation")),
+    ("Effective rank (RankMe)", "collapse/rankme", "collapse/{}/rankme", None),
+    ("Standard deviation across images", "collapse/std", "collapse/{}/std", None),
+    ("k-NN accuracy of the probe", "probe/knn_top1", "", None),
+)
 
 
 # -- charts ----------------------------------------------------------------------------------------------------------
@@ -43,14 +49,8 @@ def legend(names: Sequence[str], first: int = 0) -> list[tuple[int, str]]:
 
 def curve_charts(curves: Curves) -> list[View]:
     """Loss, and how close the embeddings are to collapse, over images seen; without what was not logged."""
-    wanted = [
-        ("Loss", "train/loss", "train/loss_{}", ("val/loss", "validation")),
-        ("Effective rank (RankMe)", "collapse/rankme", "collapse/{}/rankme", None),
-        ("Standard deviation across images", "collapse/std", "collapse/{}/std", None),
-        ("k-NN accuracy of the probe", "probe/knn_top1", "", None),
-    ]
     found = []
-    for title, whole, pattern, extra in wanted:
+    for title, whole, pattern, extra in CURVES:
         series = {"all levels": curves[whole]} if whole in curves else {}
         for level in range(8):
             if pattern and (name := pattern.format(f"level_{level}")) in curves:
@@ -58,14 +58,15 @@ def curve_charts(curves: Curves) -> list[View]:
         if extra and extra[0] in curves:
             series[extra[1]] = curves[extra[0]]
         if series:
-            found.append(_curve_chart(title, series, share="probe" in whole))
+            found.append(curve_chart(title, series, share="probe" in whole))
     return found
 
 
-def _curve_chart(title: str, series: Curves, *, share: bool) -> View:
+def curve_chart(title: str, series: Curves, *, share: bool, numbers: Sequence[int] = ()) -> View:
     values = [y for points in series.values() for _, y in points]
     log = title == "Loss" and min(values) > 0 and max(values) > 10 * min(values)
-    chart = charts.lines(title, series, log=log, form=charts.percent if share else charts.compact)
+    form = charts.percent if share else charts.compact
+    chart = charts.lines(title, series, log=log, form=form, numbers=numbers)
     keys = legend(list(series)) if len(series) > 1 else []
     return {"title": f"{title}, logarithmic" if log else title, "chart": chart, "legend": keys}
 

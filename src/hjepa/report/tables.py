@@ -92,24 +92,21 @@ def metric_names(rows: Sequence[Json]) -> list[str]:
 
 def primary(evaluation: Json) -> View:
     """The number that decides, with its interval."""
-    name = evaluation["primary_metric"]["name"].rpartition("/")[2]
+    name, level = primary_name(evaluation)
+    return {**column_of(name), "level": level_label(level), **cell_of(name, primary_interval(evaluation))}
+
+
+def primary_interval(evaluation: Json) -> Interval:
+    name, level = primary_name(evaluation)
     row = main_rows(evaluation["table"]).get("trained", {})
-    level = _primary_level(evaluation)
     row = next((r for r in evaluation["table"] if r["encoder"] == "trained" and r["level"] == level), row)
-    value = float(evaluation["primary_metric"]["value"])
-    found = Interval(value, row.get(f"{name}_low"), row.get(f"{name}_high"))
-    return {
-        "label": metric_label(name),
-        "level": level_label(level),
-        "unit": "%" if is_score(name) else "",
-        **_cell(name, found),
-    }
+    return Interval(float(evaluation["primary_metric"]["value"]), row.get(f"{name}_low"), row.get(f"{name}_high"))
 
 
-def _primary_level(evaluation: Json) -> str:
-    """eval/linear_top1 is of all levels, eval/mean/linear_top1 of the mean, eval/level_0/... of level 0."""
+def primary_name(evaluation: Json) -> tuple[str, str]:
+    """Metric and level: eval/linear_top1 is of all levels, eval/mean/... of the mean, eval/level_0/... of level 0."""
     parts = evaluation["primary_metric"]["name"].split("/")
-    return parts[1].removeprefix("level_") if len(parts) == 3 else "all"
+    return parts[-1], parts[1].removeprefix("level_") if len(parts) == 3 else "all"
 
 
 def main_rows(table: Sequence[Json]) -> dict[str, Json]:
@@ -124,7 +121,7 @@ def main_rows(table: Sequence[Json]) -> dict[str, Json]:
 def headline(evaluation: Json) -> View:
     rows = list(main_rows(evaluation["table"]).values())
     names = [name for name in metric_names(rows) if is_score(name)] or metric_names(rows)
-    return {"columns": [_column(name) for name in names], "rows": _cells(rows, names)}
+    return {"columns": [column_of(name) for name in names], "rows": cells_of(rows, names)}
 
 
 def all_levels(evaluation: Json) -> list[View]:
@@ -137,38 +134,39 @@ def all_levels(evaluation: Json) -> list[View]:
     ):
         kept = [row for row in rows if any(row.get(name) is not None for name in chosen)]
         if chosen and kept:
-            columns = [_column(name) for name in chosen]
-            found.append({"caption": caption, "columns": columns, "rows": _cells(kept, chosen)})
+            columns = [column_of(name) for name in chosen]
+            found.append({"caption": caption, "columns": columns, "rows": cells_of(kept, chosen)})
     return found
 
 
-def _column(name: str) -> View:
+def column_of(name: str) -> View:
     return {"label": metric_label(name), "unit": "%" if is_score(name) else ""}
 
 
-def _cells(rows: Sequence[Json], names: Sequence[str]) -> list[View]:
+def cells_of(rows: Sequence[Json], names: Sequence[str]) -> list[View]:
     """The table's rows, with intervals on one scale per column and the best score of each column marked."""
     columns = {name: [interval(row, name) for row in rows] for name in names}
     views = []
     for i, row in enumerate(rows):
         cells = []
         for name, column in columns.items():
-            cells.append(_cell(name, column[i], column, row.get(f"{name}_std")))
-        views.append({"encoder": row["encoder"], "level": level_label(str(row["level"])), "cells": cells})
+            cells.append(cell_of(name, column[i], column, row.get(f"{name}_std")))
+        encoder, level = row["encoder"], level_label(str(row["level"]))
+        views.append({"encoder": encoder, "level": level, "cells": cells, "accent": encoder == "trained"})
     return views
 
 
-def _cell(
+def cell_of(
     name: str, item: Interval | None, column: Sequence[Interval | None] = (), spread: float | None = None
 ) -> View:
     if item is None:
         return {"value": ""}
-    present = [other for other in column if other]
+    present = [other for other in column if other and other.finite]
     best = is_score(name) and bool(present) and item.value == max(other.value for other in present)
     cell: View = {"value": number(name, item.value), "best": best, "interval": "", "bar": "", "spread": ""}
     if spread is not None:
-        cell["spread"] = f"± {number(name, spread)}"
-    if item.low is not None and item.high is not None:
+        cell["spread"] = f"± {number(name, spread)} over seeds"
+    if item.low is not None and item.high is not None and item.finite:
         cell["interval"] = f"{number(name, item.low)} – {number(name, item.high)}"
         ends = [end for other in present for end in other.ends]
         cell["bar"] = bar(item, min(ends), max(ends)) if ends else Markup("")
@@ -198,12 +196,9 @@ def gain_over(trained: Interval, other: Interval) -> Interval:
 
 def in_words(evaluation: Json, dataset: Json) -> list[str]:
     """What the numbers say, in plain sentences."""
-    name = evaluation["primary_metric"]["name"].rpartition("/")[2]
-    level, table = _primary_level(evaluation), evaluation["table"]
+    (name, level), table = primary_name(evaluation), evaluation["table"]
     found = {row["encoder"]: interval(row, name) for row in table if str(row["level"]) in {level, "-"}}
-    split = evaluation.get("split", {})
-    images = split.get("test", split.get("train", 0))
-    where = f"{images:,} {'test' if 'test' in split else 'training'} images of {short(dataset.get('name', 'the data'))}"
+    where = judged_on(evaluation, dataset)
     trained, random = found.get("trained"), found.get("random init")
     if trained is None or random is None:
         return [f"{metric_label(name)} is {number(name, evaluation['primary_metric']['value'])} on {where}."]
@@ -220,25 +215,40 @@ def in_words(evaluation: Json, dataset: Json) -> list[str]:
     ):
         baseline = found.get(encoder)
         if baseline is not None and baseline.value >= trained.value:
-            sentences.append(f"{subject} {_percent(baseline.value)}: {rest}.")
+            sentences.append(f"{subject} {percentage(baseline.value)}: {rest}.")
     return sentences
+
+
+def judged_on(evaluation: Json, dataset: Json) -> str:
+    split = evaluation.get("split", {})
+    images = split.get("test", split.get("train", 0))
+    return f"{images:,} {'test' if 'test' in split else 'training'} images of {short(dataset.get('name', 'the data'))}"
 
 
 def _gain_sentence(evaluation: Json, name: str, level: str, where: str, trained: Interval, random: Interval) -> str:
     gain = _measured_gain(evaluation, name, level) or gain_over(trained, random)
     label = metric_label(name)
-    text = f"On {where} the {label[0].lower()}{label[1:]} on frozen features reaches {_percent(trained.value)}, "
+    text = f"On {where} the {label[0].lower()}{label[1:]} on frozen features reaches {percentage(trained.value)}, "
     text += f"{abs(100 * gain.value):.2f} points {'more' if gain.value >= 0 else 'less'} than on those of the same "
-    text += f"encoder without training ({_percent(random.value)})"
+    text += f"encoder without training ({percentage(random.value)})"
     if gain.low is None or gain.high is None:
         return f"{text}."
-    low, high = 100 * gain.low, 100 * gain.high
-    ends = f"{low:+.2f} to {high:+.2f}".replace("-", "−")
-    verdict = "training helped" if low > 0 else "training hurt" if high < 0 else "this is within the noise"
-    return f"{text}; the 95\N{NO-BREAK SPACE}% interval of the difference is {ends}: {verdict}."
+    verdict = "training helped" if gain.low > 0 else "training hurt" if gain.high < 0 else "this is within the noise"
+    return f"{text}; the 95\N{NO-BREAK SPACE}% interval of the difference is {signed_ends(name, gain)}: {verdict}."
 
 
-def _percent(share: float) -> str:
+def signed(name: str, difference: float) -> str:
+    """A difference of two values of a metric, with its sign; that of shares in points."""
+    words = f"{100 * difference:+.2f}" if is_score(name) else f"{difference:+.3g}"
+    return words.replace("-", "−") if math.isfinite(difference) else "not finite"
+
+
+def signed_ends(name: str, item: Interval) -> str:
+    low, high = item.ends
+    return f"{signed(name, low)} to {signed(name, high)}"
+
+
+def percentage(share: float) -> str:
     return f"{100 * share:.2f}\N{NO-BREAK SPACE}%"
 
 
@@ -305,7 +315,9 @@ def per_class(evaluation: Json) -> View | None:
             absent.append(name)
             continue
         item = wilson(counts[i], total)
-        rows.append({"name": name, "images": total, **_cell("linear", item), "bar": bar(item, 0, 1), "key": item.value})
+        rows.append(
+            {"name": name, "images": total, **cell_of("linear", item), "bar": bar(item, 0, 1), "key": item.value}
+        )
     rows.sort(key=lambda row: row["key"])
     folded = rows[SHOWN_CLASSES // 2 : -SHOWN_CLASSES // 2] if len(rows) > LARGEST_MATRIX else []
     shown = rows[: SHOWN_CLASSES // 2] if folded else rows
