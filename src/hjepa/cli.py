@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from hjepa import __version__, cli_models
+from hjepa import __version__, cli_data, cli_models
 from hjepa.config import Config, load_config, packaged_configs, parse_yaml, read_source, sha256_json
 from hjepa.errors import HjepaError, UserError
 from hjepa.utils.logging import say
@@ -172,6 +172,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     cli_models.add_parser(commands)
+    cli_data.add_parser(commands, _add_store, _store)
 
     job = commands.add_parser("job", help="Training as a job of a Kubernetes cluster: PyTorchJob or TrainJob.")
     actions = job.add_subparsers(title="actions", metavar="ACTION", required=True)
@@ -251,6 +252,20 @@ def _overrides(options: argparse.Namespace) -> list[str]:
 
 def _config(options: argparse.Namespace) -> Config:
     return load_config(options.config, _overrides(options))
+
+
+def _add_store(command: argparse.ArgumentParser) -> None:
+    _add_settings(command)
+    _add_home(command)
+
+
+def _store(options: argparse.Namespace) -> Any:
+    """The store of the configuration, on this home's servers if they run."""
+    from hjepa.adapters.s3 import S3Store
+
+    config = _config(options)
+    _use_servers(options, config)
+    return S3Store.from_config(config.storage)
 
 
 def _default_home() -> Path:

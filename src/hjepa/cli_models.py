@@ -62,16 +62,18 @@ def ls(options: argparse.Namespace) -> None:
     found = champions.entries(_server(options), options.name)
     if not found:
         say("nothing is registered yet; `hjepa run` or `hjepa register` makes the first version")
-    console = _console()
+    console = console_of_any_width()
     for name, versions in found.items():
         console.print(_list(escape(name), versions))
 
 
 def _list(name: str, versions: list[Entry]) -> Table:
-    table = _table(name, "version", "alias", "metric", "value", "95 % interval", "dataset", "registered (UTC)", "run")
+    table = plain_table(
+        name, "version", "alias", "metric", "value", "95 % interval", "dataset", "registered (UTC)", "run"
+    )
     for entry in versions:
         score = entry.score
-        _add(
+        add_row(
             table,
             str(entry.version),
             ", ".join(entry.aliases),
@@ -90,7 +92,7 @@ def diff(options: argparse.Namespace) -> None:
     from hjepa.adapters import champions
 
     found = champions.compare(_server(options), options.first, options.second, options.name)
-    console = _console()
+    console = console_of_any_width()
     if found.params:
         console.print(_settings(found))
     else:
@@ -104,18 +106,18 @@ def diff(options: argparse.Namespace) -> None:
 
 
 def _settings(found: Difference) -> Table:
-    table = _table("settings that differ", "setting", *(f"version {number}" for number in found.versions))
+    table = plain_table("settings that differ", "setting", *(f"version {number}" for number in found.versions))
     for key, pair in found.params.items():
-        _add(table, key, *("-" if value is None else value for value in pair))
+        add_row(table, key, *("-" if value is None else value for value in pair))
     return table
 
 
 def _metrics(found: Difference) -> Table:
-    table = _table("metrics", "metric", *(f"version {number}" for number in found.versions), "difference")
+    table = plain_table("metrics", "metric", *(f"version {number}" for number in found.versions), "difference")
     for key, (first, second) in found.metrics.items():
         change = "" if first is None or second is None else f"{second - first:+.4f}"
         values = ("-" if value is None else f"{value:.4f}" for value in (first, second))
-        _add(table, key, *values, change, style="bold" if key == found.metric else "")
+        add_row(table, key, *values, change, style="bold" if key == found.metric else "")
     return table
 
 
@@ -148,14 +150,14 @@ def _server(options: argparse.Namespace) -> str:
     return tracking_uri(options.uri)
 
 
-def _console() -> Console:
+def console_of_any_width() -> Console:
     from rich.console import Console
 
     # A log or a pipe has no width: its lines may be of any length.
     return Console(width=None if sys.stdout.isatty() else 240)
 
 
-def _table(title: str, *columns: str) -> Table:
+def plain_table(title: str, *columns: str) -> Table:
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", title_style="bold")
@@ -164,7 +166,7 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _add(table: Table, *cells: str, style: str = "") -> None:
+def add_row(table: Table, *cells: str, style: str = "") -> None:
     """As plain text: a list among the settings would otherwise be read as markup."""
     from rich.text import Text
 

@@ -124,7 +124,11 @@ def read_index(path: Path) -> Index:
     Raises:
         HjepaError: if the file is no whole index of a known version.
     """
-    content = path.read_bytes()
+    return parse_index(path.read_bytes(), str(path))
+
+
+def parse_index(content: bytes, path: str) -> Index:
+    """As ``read_index``, of bytes; ``path`` is for the message."""
     try:
         magic, version, itemsize, count = INDEX_HEADER.unpack_from(content)
     except struct.error:
