@@ -55,7 +55,7 @@ def test_ls__names_digests_and_counts(
     store.put_bytes("datasets/half/0123/train-000000.tar", b"still being uploaded")
     data(store, "ls")
     lines = [line for line in capsys.readouterr().out.splitlines() if "s3://" in line]
-    assert [re.findall(r"[^\s│]+", line)[:6] for line in lines] == [
+    assert [re.findall(r"[^\s│┃|]+", line)[:6] for line in lines] == [
         ["birds", other.digest[:12], "60", "train,", "20", "test"],
         ["pets", dataset.digest[:12], "60", "train,", "20", "test"],
     ]

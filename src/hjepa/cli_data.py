@@ -65,7 +65,7 @@ def ls(options: argparse.Namespace) -> None:
     table = plain_table("data sets", "name", "digest", "images", "classes", "size", "quarantined", "uri")
     for item in found:
         manifest = item.manifest
-        counts = ", ".join(f"{split['samples']:,} {name}" for name, split in manifest["splits"].items())
+        counts = ", ".join(f"{split['samples']:,} {name}" for name, split in item.splits.items())
         add_row(
             table,
             item.name,
@@ -102,7 +102,7 @@ def _facts(item: StoredDataset) -> Iterator[tuple[str, str]]:
     yield "source", f"{manifest['source']['kind']}: {manifest['source']['detail']}"
     for note in manifest["source"]["notes"]:
         yield "note", note
-    for name, split in manifest["splits"].items():
+    for name, split in item.splits.items():
         shape = f", all {split['shape'][1]}x{split['shape'][0]}" if split["shape"] else ""
         size = _megabytes(sum(shard["bytes"] for shard in split["shards"]))
         yield name, f"{split['samples']:,} images{shape}, {len(split['shards'])} shards, {size}"

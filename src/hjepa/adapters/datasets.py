@@ -35,9 +35,14 @@ class StoredDataset:
     def digest(self) -> str:
         return str(self.manifest["digest"])
 
+    @property
+    def splits(self) -> dict[str, Json]:
+        """train before test, whatever order the JSON has."""
+        return dict(sorted(self.manifest["splits"].items(), reverse=True))
+
     def files(self) -> Iterator[Mapping[str, Any]]:
         """{"key", "bytes", "sha256"} of everything that the manifest names."""
-        for split in self.manifest["splits"].values():
+        for split in self.splits.values():
             yield split["index"]
             yield from split["shards"]
         yield {**self.manifest["quarantine"], "key": self.manifest["quarantine"]["report"]}
@@ -125,7 +130,7 @@ def verify(store: S3Store, dataset: StoredDataset, progress: Callable[[int, int]
 def _misfits(store: S3Store, dataset: StoredDataset) -> list[str]:
     """Where an index does not fit the shards that the manifest names."""
     problems = []
-    for name, split in dataset.manifest["splits"].items():
+    for name, split in dataset.splits.items():
         key = split["index"]["key"]
         records = parse_index(store.get_bytes(f"{dataset.key}/{key}"), key)
         if len(records) != split["samples"]:
