@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
 from hjepa.data.images import RejectedError, decode
@@ -27,22 +28,78 @@ def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+def psnr(ours: Any, theirs: Any) -> float:
+    """In dB."""
+    error = np.mean((np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)) ** 2)
+    return float(10 * np.log10(255**2 / max(error, 1e-9)))
+
+
 def exif(orientation: int) -> Image.Exif:
     tags = Image.Exif()
     tags[0x0112] = orientation
     return tags
 
 
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 30}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"progressive": True},
+        {"subsampling": 0},
+        {"subsampling": 1},
+        {"subsampling": "4:1:1"},
+        {"quality": 30},
+        {"keep_rgb": True},
+        {"restart_marker_rows": 1},
+    ],
+)
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_decode__plain_jpeg_keeps_its_bytes_and_both_decoders_agree(mode: str, options: dict[str, Any]) -> None:
     data = encode(photo().convert(mode), "JPEG", **options)
     picture = decode(data, max_pixels=LIMIT)
     assert picture.encoded == data
     assert picture.suffix == "jpg"
-    assert picture.image.mode == mode
+    assert picture.pixels.ndim == (3 if mode == "RGB" else 2)
     trained_on = decode_image(data, 3 if mode == "RGB" else 1).numpy()
-    np.testing.assert_array_equal(np.atleast_3d(np.asarray(picture.image)), trained_on.transpose(1, 2, 0))
+    np.testing.assert_array_equal(np.atleast_3d(picture.pixels), trained_on.transpose(1, 2, 0))
+    np.testing.assert_array_equal(picture.pixels, np.asarray(Image.open(io.BytesIO(data))))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (9, 17), (16, 16), (31, 15), (251, 333)])
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}])
+def test_decode__jpegs_of_any_size_have_the_pixels_of_pil(size: tuple[int, int], options: dict[str, Any]) -> None:
+    data = encode(photo(*size), "JPEG", **options)
+    np.testing.assert_array_equal(decode(data, max_pixels=LIMIT).pixels, np.asarray(Image.open(io.BytesIO(data))))
+
+
+def test_decode__harmless_damage_keeps_the_bytes_and_is_trained_on_as_pil_shows_it() -> None:
+    data = encode(photo(), "JPEG")
+    padded = data[:-2] + bytes(50) + data[-2:]
+    picture = decode(padded, max_pixels=LIMIT)
+    assert picture.encoded == padded
+    np.testing.assert_array_equal(decode_image(padded, 3).numpy().transpose(1, 2, 0), Image.open(io.BytesIO(data)))
+
+
+@pytest.mark.parametrize("answer", ["refused", "shown differently"])
+def test_decode__jpeg_that_only_pil_reads_is_encoded_anew(monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
+    """The other decoder is a library of its own: here it dislikes one file."""
+    data = encode(photo(), "JPEG", quality=95)
+    library = simplejpeg.decode_jpeg
+
+    def disliking(content: bytes, *arguments: Any, strict: bool = True, **options: Any) -> Any:
+        pixels = library(content, *arguments, strict=strict, **options)
+        if content != data:
+            return pixels
+        if strict or answer == "refused":
+            raise ValueError("what is this?")
+        return pixels ^ 1
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", disliking)
+    picture = decode(data, max_pixels=LIMIT)
+    assert picture.encoded != data
+    assert picture.suffix == "jpg"
+    np.testing.assert_array_equal(decode_image(picture.encoded, 3).numpy().transpose(1, 2, 0), picture.pixels)
+    assert psnr(picture.pixels, np.asarray(Image.open(io.BytesIO(data)))) > 35
 
 
 def test_decode__plain_png_keeps_its_bytes() -> None:
@@ -72,7 +129,7 @@ def test_decode__exif_orientation_is_applied_as_viewers_do(orientation: int) -> 
         7: np.rot90(pixels.transpose(1, 0, 2), 2),
         8: np.rot90(pixels, 1),
     }[orientation]
-    np.testing.assert_array_equal(np.asarray(decode(data, max_pixels=LIMIT).image), expected)
+    np.testing.assert_array_equal(decode(data, max_pixels=LIMIT).pixels, expected)
 
 
 def test_decode__turned_jpeg_stays_a_jpeg_without_orientation() -> None:
@@ -81,28 +138,28 @@ def test_decode__turned_jpeg_stays_a_jpeg_without_orientation() -> None:
     stored = Image.open(io.BytesIO(picture.encoded))
     assert (picture.suffix, stored.size, dict(stored.getexif())) == ("jpg", (40, 60), {})
     expected = np.rot90(np.asarray(photo()), -1).astype(int)
-    assert np.abs(np.asarray(picture.image).astype(int) - expected).mean() < 4
-    np.testing.assert_array_equal(decode_image(picture.encoded, 3).numpy().transpose(1, 2, 0), picture.image)
+    assert np.abs(picture.pixels.astype(int) - expected).mean() < 4
+    np.testing.assert_array_equal(decode_image(picture.encoded, 3).numpy().transpose(1, 2, 0), picture.pixels)
 
 
 def test_decode__transparent_pixels_are_white() -> None:
     pixels = np.full((4, 6, 4), 100, dtype=np.uint8)
     pixels[..., 3] = [0, 255, 0, 255, 0, 255]
-    seen = np.asarray(decode(encode(Image.fromarray(pixels), "PNG"), max_pixels=LIMIT).image)
+    seen = decode(encode(Image.fromarray(pixels), "PNG"), max_pixels=LIMIT).pixels
     assert seen[0, :, 0].tolist() == [255, 100, 255, 100, 255, 100]
 
 
 def test_decode__grey_with_alpha_stays_grey() -> None:
     picture = decode(encode(photo().convert("LA"), "PNG"), max_pixels=LIMIT)
-    assert picture.image.mode == "L"
-    np.testing.assert_array_equal(picture.image, photo().convert("L"))
+    assert picture.pixels.ndim == 2
+    np.testing.assert_array_equal(picture.pixels, photo().convert("L"))
 
 
 @pytest.mark.parametrize("options", [{"transparency": 0}, {}])
 def test_decode__palette_image_shows_its_colours(options: dict[str, Any]) -> None:
     palette = photo().quantize(16)
     picture = decode(encode(palette, "PNG", **options), max_pixels=LIMIT)
-    seen, indices = np.asarray(picture.image), np.asarray(palette)
+    seen, indices = picture.pixels, np.asarray(palette)
     np.testing.assert_array_equal(seen[indices > 0], np.asarray(palette.convert("RGB"))[indices > 0])
     assert (seen[indices == 0] == 255).all() == ("transparency" in options)
 
@@ -111,26 +168,26 @@ def test_decode__palette_image_shows_its_colours(options: dict[str, Any]) -> Non
 def test_decode__sixteen_bit_grey_keeps_its_high_byte(kind: str) -> None:
     values = np.linspace(0, 65535, 60 * 40).astype(np.uint16).reshape(40, 60)
     picture = decode(encode(Image.fromarray(values), kind), max_pixels=LIMIT)
-    np.testing.assert_array_equal(np.asarray(picture.image), values >> 8)
+    np.testing.assert_array_equal(picture.pixels, values >> 8)
 
 
 def test_decode__one_bit_image_is_black_and_white() -> None:
     bits = photo().convert("1")
-    seen = decode(encode(bits, "PNG"), max_pixels=LIMIT).image
+    seen = decode(encode(bits, "PNG"), max_pixels=LIMIT).pixels
     np.testing.assert_array_equal(np.asarray(seen), np.asarray(bits) * np.uint8(255))
 
 
 def test_decode__cmyk_jpeg_becomes_rgb() -> None:
     red = Image.new("RGB", (16, 16), (200, 30, 30))
     picture = decode(encode(red.convert("CMYK"), "JPEG", quality=95), max_pixels=LIMIT)
-    assert picture.image.mode == "RGB"
-    assert np.abs(np.asarray(picture.image).astype(int) - (200, 30, 30)).max() < 12
+    assert picture.pixels.ndim == 3
+    assert np.abs(picture.pixels.astype(int) - (200, 30, 30)).max() < 12
 
 
 def test_decode__animation_shows_its_first_frame() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert np.asarray(decode(data, max_pixels=LIMIT).image)[0, 0].tolist() == [255, 0, 0]
+    assert decode(data, max_pixels=LIMIT).pixels[0, 0].tolist() == [255, 0, 0]
 
 
 def test_decode__arrays_of_any_layout() -> None:
@@ -170,10 +227,14 @@ def test_decode__random_damage_is_refused_or_decoded_but_never_fatal() -> None:
             for position in rng.integers(0, len(damaged), 8):
                 damaged[position] = rng.integers(256)
             try:
-                decode(bytes(damaged), max_pixels=LIMIT)
-                outcomes.add("decoded")
+                picture = decode(bytes(damaged), max_pixels=LIMIT)
             except RejectedError as error:
                 outcomes.add(error.reason)
+            else:
+                outcomes.add("decoded")
+                channels = 1 if picture.pixels.ndim == 2 else 3
+                trained_on = decode_image(picture.encoded, channels).numpy().transpose(1, 2, 0)
+                np.testing.assert_array_equal(trained_on, np.atleast_3d(picture.pixels))
     assert {"decoded", "corrupt", "not-an-image"} <= outcomes
 
 
@@ -193,3 +254,53 @@ def test_png__files_of_others_are_left_to_the_general_decoder(mode: str, options
     if ours is not None:  # a file that happens to have no filters
         np.testing.assert_array_equal(ours, np.asarray(Image.open(io.BytesIO(data))))
     assert decode_unfiltered(data[:50]) is None
+
+
+# -- data.short_side -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(375, 500), (500, 375), (100, 101), (65, 900), (800, 1000)])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_short_side__larger_jpegs_become_smaller_jpegs(size: tuple[int, int], mode: str) -> None:
+    """The largest is decoded at a quarter of its size first."""
+    original = photo(*size).convert(mode)
+    picture = decode(encode(original, "JPEG", quality=95), max_pixels=LIMIT, short_side=64)
+    short = min(size)
+    expected = original.resize([round(side * 64 / short) for side in original.size], Image.Resampling.BILINEAR)
+    assert picture.suffix == "jpg"
+    stored = Image.open(io.BytesIO(picture.encoded))
+    assert (stored.size, stored.mode, min(stored.size)) == (expected.size, mode, 64)
+    np.testing.assert_array_equal(picture.pixels, np.asarray(stored))
+    assert psnr(stored.convert("L"), expected.convert("L")) > 30  # brightness, which is stored for each pixel
+    if mode == "RGB":
+        assert [layer[1:3] for layer in stored.layer] == [(2, 2), (1, 1), (1, 1)]  # colour at half resolution
+
+
+def test_short_side__quality_is_that_of_the_configuration() -> None:
+    data = encode(photo(375, 500), "JPEG", quality=95)
+    sizes = [len(decode(data, max_pixels=LIMIT, short_side=128, jpeg_quality=q).encoded) for q in (50, 90, 98)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < 0.7 * sizes[1]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_short_side__images_that_are_no_larger_keep_their_bytes(kind: str) -> None:
+    data = encode(photo(70, 90), kind)
+    assert decode(data, max_pixels=LIMIT, short_side=70).encoded == data
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF"])
+def test_short_side__other_files_stay_lossless(kind: str) -> None:
+    picture = decode(encode(photo(200, 300), kind), max_pixels=LIMIT, short_side=64)
+    assert picture.suffix == "png"
+    np.testing.assert_array_equal(picture.pixels, photo(200, 300).resize((96, 64), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(decode_image(picture.encoded, 3).numpy().transpose(1, 2, 0), picture.pixels)
+
+
+def test_short_side__arrays_and_turned_jpegs_are_reduced_too() -> None:
+    array = decode(np.asarray(photo(200, 300)), max_pixels=LIMIT, short_side=64)
+    assert array.pixels.shape == (64, 96, 3)
+    turned = decode(encode(photo(200, 300), "JPEG", exif=exif(6)), max_pixels=LIMIT, short_side=64)
+    assert turned.pixels.shape == (96, 64, 3)
+    upright = photo(200, 300).transpose(Image.Transpose.ROTATE_270).resize((64, 96), Image.Resampling.BILINEAR)
+    assert psnr(Image.fromarray(turned.pixels).convert("L"), upright.convert("L")) > 30

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,32 @@ def test_prepare__any_number_of_workers_gives_the_same_bytes(folder: DataConfig,
     assert one.manifest == two.manifest
     assert hashes(one) == hashes(two)
     assert all(file.path.stat().st_size == file.bytes for file in two.files)
+
+
+def test_prepare__reduced_images_are_the_same_on_any_number_of_workers(folder: DataConfig, tmp_path: Path) -> None:
+    for i in range(12):
+        image = picture(i).resize((90 + 10 * i, 150), Image.Resampling.BICUBIC)
+        save(Path(str(folder.root)) / "ab"[i % 2] / f"large{i}.{('jpg', 'png', 'bmp')[i % 3]}", image)
+    data = folder.model_copy(update={"short_side": 64})
+    one = prepare(open_source(data), data, tmp_path / "one", workers=1)
+    two = prepare(open_source(data), data, tmp_path / "two", workers=3)
+    assert hashes(one) == hashes(two)
+    assert one.manifest == two.manifest
+    dataset = ShardDataset(one.manifest, "train", (tmp_path / "one").joinpath)
+    shortest = [min(dataset.read(i)[0].shape[1:]) for i in range(len(dataset))]
+    assert max(shortest) == 64
+    assert min(shortest) == 20  # small ones are not enlarged
+    whole = prepare(open_source(folder), folder, tmp_path / "whole")
+    assert whole.manifest["digest"] != one.manifest["digest"]
+
+
+def test_prepared_key__follows_the_quality_only_where_images_are_reduced(folder: DataConfig) -> None:
+    def key(**settings: Any) -> str:
+        data = folder.model_copy(update=settings)
+        return prepared_key(open_source(data), data)
+
+    assert key(jpeg_quality=80) == key()
+    assert len({key(), key(short_side=64), key(short_side=96), key(short_side=64, jpeg_quality=80)}) == 4
 
 
 def test_prepare__manifest_counts_what_the_shards_hold(folder: DataConfig, tmp_path: Path) -> None:
@@ -222,6 +249,19 @@ def test_progress__ends_at_the_total(folder: DataConfig, tmp_path: Path) -> None
     prepare(open_source(folder), folder, tmp_path / "out", progress=seen.append)
     assert [(item.split, item.done, item.total) for item in seen[-2:]] == [("train", 36, 36), ("test", 4, 4)]
     assert "36 of 36 images" in str(seen[-2])
+    with tarfile.open(tmp_path / "out" / "train-000000.tar") as shard:
+        pictures = [member.size for member in shard if not member.name.endswith(".cls")]
+    assert seen[-2].bytes == sum(pictures)
+
+
+@pytest.mark.parametrize(
+    ("done", "seconds", "left"),
+    [(900, 90.0, "10 s"), (100, 100.0, "15 min"), (10, 3600.0, "99.0 h"), (1000, 9.0, None)],
+)
+def test_progress__says_how_fast_and_how_long(done: int, seconds: float, left: str | None) -> None:
+    line = str(Progress("train", done, 1000, 3, seconds, int(2.5e6 * seconds)))
+    assert f"{done:,} of 1,000 images, 3 in quarantine, {done / seconds:,.0f} images/s, 2.5 MB/s" in line
+    assert line.endswith(f", {left} left" if left else "MB/s")
 
 
 def test_prepare__full_disk_is_one_clear_error(small_disk: Path) -> None:

@@ -4,6 +4,7 @@ import io
 import pickle
 import subprocess
 import tarfile
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -101,3 +102,16 @@ def test_reader__survives_pickling(tmp_path: Path) -> None:
     data = reader.read(writer.shards[0].path, offset, length)
     again = pickle.loads(pickle.dumps(reader))  # noqa: S301 - our own bytes
     assert again.read(writer.shards[0].path, offset, length) == data == png(0)
+
+
+def test_writer__remembers_little_of_a_sample(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, "train", shard_bytes=1_000_000_000) as writer:
+        writer.add(b"x", suffix="jpg", label=0, crc32=0)
+        tracemalloc.start()
+        try:
+            for i in range(5_000):
+                writer.add(b"x", suffix="jpg", label=i, crc32=i)
+            grown = tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+    assert grown < 5_000 * 40  # bytes; a record of the index has 24

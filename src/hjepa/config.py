@@ -48,6 +48,8 @@ class DataConfig(Section):
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1  # held out where the source has no test split
     num_workers: Annotated[int, Field(ge=0)] = 8  # loader processes per rank; 0 decodes in the training process
     shard_mb: Count = 128
+    short_side: Annotated[int, Field(ge=64)] | None = None  # pixels that larger images are reduced to; null keeps them
+    jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 90  # of photographs that short_side reduces
     quarantine_limit: Fraction = 0.05  # share of unreadable files above which prepare_data fails
     max_pixels: Count = 100_000_000  # larger images are quarantined as decompression bombs
     cache_dir: str = "~/.cache/hjepa"

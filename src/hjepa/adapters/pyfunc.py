@@ -120,7 +120,7 @@ def _decoded(data: bytes, index: int) -> np.ndarray:
     from hjepa.data.images import RejectedError, decode
 
     try:
-        return np.array(decode(data, max_pixels=_MAX_PIXELS).image)
+        return decode(data, max_pixels=_MAX_PIXELS).pixels
     except RejectedError as error:
         raise _bad(f"image {index} cannot be decoded ({len(data)} bytes): {error}") from None
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from hjepa.data.jpeg import decode_jpeg, encode_jpeg
 from hjepa.data.png import MAX_PIXELS, encode_unfiltered
 from hjepa.data.sources import Payload
 
@@ -45,13 +46,17 @@ class RejectedError(Exception):
 
 @dataclass(frozen=True)
 class Picture:
-    image: Image.Image  # mode L or RGB, upright, opaque
-    encoded: bytes  # decodes to exactly these pixels with any plain decoder
+    pixels: NDArray[np.uint8]  # (H, W) or (H, W, 3): upright, opaque
+    encoded: bytes  # what training decodes to exactly these pixels
     suffix: str  # "jpg" or "png"
 
 
-def decode(payload: Payload, *, max_pixels: int) -> Picture:
+def decode(payload: Payload, *, max_pixels: int, short_side: int | None = None, jpeg_quality: int = 90) -> Picture:
     """Decode once, and keep the file's own bytes where they need no change.
+
+    Args:
+        short_side: Pixels that the short side of a larger picture is reduced to; None keeps every size.
+        jpeg_quality: Of a JPEG that was reduced. Pictures from other files are stored without loss.
 
     Raises:
         RejectedError: whatever is wrong with the payload.
@@ -59,10 +64,10 @@ def decode(payload: Payload, *, max_pixels: int) -> Picture:
     try:
         if isinstance(payload, np.ndarray):
             image = Image.fromarray(payload[..., 0] if payload.shape[2:] == (1,) else payload)
-            return _encoded(image if image.mode in ("L", "RGB") else _visible(image), "PNG")
+            return _lossless(image if image.mode in ("L", "RGB") else _visible(image), short_side)
         if isinstance(payload, Image.Image):
-            return _encoded(_visible(payload), "PNG")
-        return _decode_file(payload, max_pixels)
+            return _lossless(_visible(payload), short_side)
+        return _decode_file(payload, max_pixels, short_side, jpeg_quality)
     except DECODE_ERRORS as error:
         if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
             raise RejectedError("too-many-pixels", str(error)) from None
@@ -70,7 +75,7 @@ def decode(payload: Payload, *, max_pixels: int) -> Picture:
         raise RejectedError(reason, f"{type(error).__name__}: {error}") from None
 
 
-def _decode_file(data: bytes, max_pixels: int) -> Picture:
+def _decode_file(data: bytes, max_pixels: int, short_side: int | None, jpeg_quality: int) -> Picture:
     if not data:
         raise RejectedError("empty", "the file has no bytes")
     try:
@@ -82,13 +87,62 @@ def _decode_file(data: bytes, max_pixels: int) -> Picture:
         raise RejectedError(
             "too-many-pixels", f"{width} x {height} = {width * height} pixels, data.max_pixels is {max_pixels}"
         )
+    if image.format in ("JPEG", "MPO"):
+        return _decode_photo(image, data, short_side, jpeg_quality)
     image.load()
     visible = _visible(image)
-    if image.format in ("JPEG", "MPO"):
-        return Picture(image, data, "jpg") if visible is image else _encoded(visible, "JPEG")
-    if visible is image and image.format == "PNG" and _plain_png(image, data):
-        return Picture(image, data, "png")
-    return _encoded(visible, "PNG")
+    kept = visible is image and image.format == "PNG" and _plain_png(image, data) and not _is_larger(image, short_side)
+    return Picture(np.asarray(image), data, "png") if kept else _lossless(visible, short_side)
+
+
+def _decode_photo(image: Image.Image, data: bytes, short_side: int | None, jpeg_quality: int) -> Picture:
+    """A JPEG of which PIL has read the header. It stays one, for as a PNG a photograph would grow tenfold."""
+    larger = _is_larger(image, short_side)
+    pixels = None
+    if image.mode in ("L", "RGB") and _orientation(image) not in UPRIGHT:
+        pixels = _as_trained_on(image, data, least=2 * short_side if larger and short_side else None)
+        if pixels is not None and not larger:
+            return Picture(pixels, data, "jpg")
+    seen = _visible(_loaded(image)) if pixels is None else Image.fromarray(pixels)
+    if larger:
+        encoded = encode_jpeg(np.asarray(_reduced(seen, short_side)), quality=jpeg_quality, halve_colour=True)
+    else:
+        encoded = encode_jpeg(np.asarray(seen), quality=95, halve_colour=False)
+    return Picture(decode_jpeg(encoded, strict=True), encoded, "jpg")
+
+
+def _as_trained_on(image: Image.Image, data: bytes, *, least: int | None) -> NDArray[np.uint8] | None:
+    """What training's decoder makes of these bytes; None if that is not what a viewer shows.
+
+    A decoder that goes on past damage may show anything, so then, and only then, a second one is asked as well.
+    """
+    try:
+        return decode_jpeg(data, strict=True, least=least)
+    except ValueError:
+        seen = np.asarray(_loaded(image))
+    try:
+        pixels = decode_jpeg(data)
+    except ValueError:
+        return None
+    return pixels if np.array_equal(pixels, seen) else None
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    image.load()
+    return image
+
+
+def _is_larger(image: Image.Image, short_side: int | None) -> bool:
+    return short_side is not None and min(image.size) > short_side
+
+
+def _reduced(image: Image.Image, short_side: int | None) -> Image.Image:
+    """Antialiased, like the views that training cuts; never enlarged."""
+    short = min(image.size)
+    if short_side is None or short <= short_side:
+        return image
+    width, height = (max(1, round(side * short_side / short)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
 def _plain_png(image: Image.Image, data: bytes) -> bool:
@@ -134,16 +188,10 @@ def _eight_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
     return (wide >> 8 if values.itemsize == 2 or wide.max(initial=0) > 255 else wide).astype(np.uint8)
 
 
-def _encoded(image: Image.Image, kind: str) -> Picture:
-    if kind == "PNG" and image.width * image.height <= MAX_PIXELS:
-        return Picture(image, encode_unfiltered(np.asarray(image)), "png")
+def _lossless(image: Image.Image, short_side: int | None) -> Picture:
+    pixels = np.asarray(_reduced(image, short_side))
+    if pixels.shape[0] * pixels.shape[1] <= MAX_PIXELS:
+        return Picture(pixels, encode_unfiltered(pixels), "png")
     buffer = io.BytesIO()
-    bare = Image.frombytes(image.mode, image.size, image.tobytes())  # metadata would speak of the old pixels
-    if kind == "PNG":
-        bare.save(buffer, "PNG")
-        return Picture(bare, buffer.getvalue(), "png")
-    # A photo that only had to be turned upright would grow tenfold as a PNG.
-    bare.save(buffer, "JPEG", quality=95, subsampling=0)
-    stored = Image.open(io.BytesIO(buffer.getvalue()))
-    stored.load()
-    return Picture(stored, buffer.getvalue(), "jpg")
+    Image.fromarray(pixels).save(buffer, "PNG")  # without metadata, which would speak of the old pixels
+    return Picture(pixels, buffer.getvalue(), "png")

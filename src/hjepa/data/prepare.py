@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
+from numpy.typing import NDArray
 from PIL import Image
 
 from hjepa.config import DataConfig, sha256_json
@@ -35,7 +36,7 @@ from hjepa.data.sources import MIN_TRAIN_IMAGES, Source, Split, require_train_im
 from hjepa.data.workers import begin
 from hjepa.errors import HjepaError, UserError
 
-FORMAT = 1  # raised when the same images would give other shards
+FORMAT = 2  # raised when the same images would give other shards
 REPORT = "quarantine.jsonl"
 REPORT_SECONDS = 1.0
 SCRATCH_NAME = re.compile(r"prepare-(?P<pid>\d+)-(?P<started>\d+)-(?P<host>.+)-[^-]+")
@@ -54,14 +55,22 @@ class Progress(NamedTuple):
     total: int
     quarantined: int
     seconds: float  # since the start of this split
+    bytes: int  # of the images that were stored
 
     def __str__(self) -> str:
-        rate = self.done / max(self.seconds, 1e-9)
-        left = f", {(self.total - self.done) / rate:.0f} s left" if 0 < self.done < self.total else ""
+        seconds = max(self.seconds, 1e-9)
+        left = ""
+        if 0 < self.done < self.total:
+            left = f", {_duration(seconds * (self.total - self.done) / self.done)} left"
         return (
-            f"{self.split}: {self.done:,} of {self.total:,} images, {self.quarantined} in quarantine, "
-            f"{rate:,.0f} images/s{left}"
+            f"{self.split}: {self.done:,} of {self.total:,} images, {self.quarantined:,} in quarantine, "
+            f"{self.done / seconds:,.0f} images/s, {self.bytes / 1e6 / seconds:,.1f} MB/s{left}"
         )
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = round(seconds / 60), round(seconds / 3600, 1)
+    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{hours:,} h"
 
 
 class QuarantineError(UserError):
@@ -79,6 +88,9 @@ def recipe(data: DataConfig) -> dict[str, Any]:
         "channels": data.channels,
         "shard_mb": data.shard_mb,
         "max_pixels": data.max_pixels,
+        "short_side": data.short_side,
+        # Without reduction nothing is stored at this quality, and a change of it is no other data set.
+        "jpeg_quality": None if data.short_side is None else data.jpeg_quality,
     }
 
 
@@ -226,7 +238,7 @@ def _prepare_split(
     reasons: Counter[str] = Counter()
     examples: list[str] = []
     start = reported = time.monotonic()
-    done = 0
+    done = stored = 0
     with ShardWriter(workdir, name, shard_bytes=data.shard_mb * 1_000_000) as writer:
         for results in chunks:
             for result in results:
@@ -237,6 +249,7 @@ def _prepare_split(
                         examples.append(f"{result.name!a} ({result.reason})")
                     continue
                 writer.add(result.encoded, suffix=result.suffix, label=result.label, crc32=result.crc32)
+                stored += len(result.encoded)
                 hasher.update(result.content + f" {result.label}\n".encode())
                 labels[result.label] += 1
                 if len(shapes) < 2:
@@ -246,7 +259,7 @@ def _prepare_split(
             now = time.monotonic()
             if progress is not None and (now - reported >= REPORT_SECONDS or done == total):
                 reported = now
-                progress(Progress(name, done, total, reasons.total(), now - start))
+                progress(Progress(name, done, total, reasons.total(), now - start, stored))
         index = writer.finish()
     return _SplitResult(writer.shards, index, labels, hasher.hexdigest(), shapes, sums, reasons, examples)
 
@@ -302,27 +315,31 @@ def _sample(split: Split, i: int) -> _Sample:
         payload, label = split.read(i)
     except DECODE_ERRORS as error:
         raise RejectedError("unreadable", f"{type(error).__name__}: {error}") from None
-    picture = decode(payload, max_pixels=_task.data.max_pixels)
-    image = picture.image
+    data = _task.data
+    picture = decode(payload, max_pixels=data.max_pixels, short_side=data.short_side, jpeg_quality=data.jpeg_quality)
+    height, width = picture.pixels.shape[:2]
+    content = hashlib.sha256(f"{'L' if picture.pixels.ndim == 2 else 'RGB'} {width} {height}\n".encode())
+    content.update(np.ascontiguousarray(picture.pixels).data)
     return _Sample(
         encoded=picture.encoded,
         suffix=picture.suffix,
         label=label,
-        content=hashlib.sha256(f"{image.mode} {image.width} {image.height}\n".encode() + image.tobytes()).digest(),
-        shape=(image.height, image.width),
-        moments=_moments(image, _task.data.channels),
+        content=content.digest(),
+        shape=(height, width),
+        moments=_moments(picture.pixels, data.channels),
         crc32=zlib.crc32(picture.encoded),
     )
 
 
-def _moments(image: Image.Image, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _moments(pixels: NDArray[np.uint8], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    image = Image.fromarray(pixels)
     if channels == 1 and image.mode == "RGB":
         image = image.convert("L")
     counts = np.array(image.histogram(), dtype=np.int64).reshape(-1, 256)
     levels = np.arange(256, dtype=np.int64)
-    pixels = image.width * image.height
-    means = [int(total) / (255 * pixels) for total in counts @ levels]
-    squares = [int(total) / (255 * 255 * pixels) for total in counts @ levels**2]
+    area = image.width * image.height
+    means = [int(total) / (255 * area) for total in counts @ levels]
+    squares = [int(total) / (255 * 255 * area) for total in counts @ levels**2]
     repeat = channels // len(means)
     return tuple(means * repeat), tuple(squares * repeat)
 

@@ -48,7 +48,8 @@ class ShardWriter:
     def __init__(self, folder: Path, split: str, *, shard_bytes: int):
         self.folder, self.split, self.shard_bytes = folder, split, shard_bytes
         self.shards: list[StoredFile] = []
-        self._records: list[tuple[int, int, int, int, int]] = []
+        self._records = bytearray()  # of the index; millions of tuples would take ten times as much
+        self._count = 0
         self._shard: _OpenShard | None = None
 
     def __enter__(self) -> ShardWriter:
@@ -61,7 +62,7 @@ class ShardWriter:
             self._shard.file.close()
 
     def add(self, data: bytes, *, suffix: str, label: int | None, crc32: int) -> None:
-        key = f"{len(self._records):09d}"
+        key = f"{self._count:09d}"
         members = tar_member(f"{key}.{suffix}", data)
         if label is not None:
             members += tar_member(f"{key}.cls", str(label).encode())
@@ -72,16 +73,18 @@ class ShardWriter:
         offset = self._shard.size + BLOCK
         self._shard.write(members)
         self._shard.samples += 1
-        self._records.append((len(self.shards), offset, len(data), NO_LABEL if label is None else label, crc32))
+        label = NO_LABEL if label is None else label
+        self._records += np.array((len(self.shards), offset, len(data), label, crc32), dtype=INDEX_DTYPE).tobytes()
+        self._count += 1
 
     def finish(self) -> StoredFile:
         """Closes the last shard and writes the index, which is returned."""
         if self._shard is not None:
             self._close_shard()
         path = self.folder / f"{self.split}.index"
-        content = encode_index(np.array(self._records, dtype=INDEX_DTYPE))
+        content = encode_index(np.frombuffer(self._records, dtype=INDEX_DTYPE))
         path.write_bytes(content)
-        return StoredFile(path.name, path, len(content), hashlib.sha256(content).hexdigest(), len(self._records))
+        return StoredFile(path.name, path, len(content), hashlib.sha256(content).hexdigest(), self._count)
 
     def _close_shard(self) -> None:
         assert self._shard is not None

@@ -13,24 +13,27 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
+from hjepa.data import jpeg
 from hjepa.data.png import decode_unfiltered
 
-JPEG_MAGIC = b"\xff\xd8"
 ASPECT_RANGE = (3 / 4, 4 / 3)  # width / height of a random crop
 CROP_ATTEMPTS = 10
 
 
 def decode_image(data: bytes, channels: int) -> Tensor:
-    """A JPEG or PNG of 8-bit grey or RGB samples as uint8 (channels, H, W)."""
-    array = decode_unfiltered(data)
-    if array is None:
+    """A JPEG or PNG of 8-bit grey or RGB samples as uint8 (channels, H, W).
+
+    ``prepare`` has decoded every image in the same way, so that none of its own can fail here.
+    """
+    if data.startswith(jpeg.MAGIC):
+        array = jpeg.decode_jpeg(data)
+    else:
         # The plugin itself: ``Image.open`` would try formats and refuse sizes that ``prepare`` has let through.
-        opened = JpegImageFile if data.startswith(JPEG_MAGIC) else PngImageFile
-        array = np.array(opened(io.BytesIO(data)))
+        unfiltered = decode_unfiltered(data)
+        array = np.array(PngImageFile(io.BytesIO(data))) if unfiltered is None else unfiltered
     pixels = torch.from_numpy(array)  # (H, W) or (H, W, 3)
     return to_channels(pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1), channels)
 
