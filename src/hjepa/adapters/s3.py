@@ -51,8 +51,12 @@ _SHA256 = "sha256"  # user metadata that makes an upload recognisable without re
 _BROKEN_BODY = (ReadTimeoutError, ResponseStreamingError, IncompleteReadError)
 
 
-class ObjectNotFoundError(HjepaError):
+class ObjectNotFoundError(HjepaError, FileNotFoundError):
     """No object has this key."""
+
+
+class ObjectArchivedError(HjepaError, PermissionError):
+    """The object is in an archive, from which the server does not read at once."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class ObjectInfo:
     key: str  # relative to the store
     size: int  # bytes
     sha256: str | None  # hex; None where the writer stored none, and in listings
+    etag: str | None = None  # the server's mark of this content
 
 
 class S3Store:
@@ -103,8 +108,9 @@ class S3Store:
         self._bucket_seen = False
 
     @classmethod
-    def from_config(cls, storage: StorageConfig) -> S3Store:
-        return cls(storage.uri, endpoint_url=storage.endpoint_url, region=storage.region)
+    def from_config(cls, storage: StorageConfig, uri: str | None = None) -> S3Store:
+        """The configured storage, or another prefix or bucket at the same server."""
+        return cls(uri or storage.uri, endpoint_url=storage.endpoint_url, region=storage.region)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in {"_lock", "_clients"}}
@@ -314,7 +320,9 @@ class S3Store:
                 self._require_bucket()
                 return None
         self._bucket_seen = True
-        return ObjectInfo(key=key, size=answer["ContentLength"], sha256=answer["Metadata"].get(_SHA256))
+        return ObjectInfo(
+            key=key, size=answer["ContentLength"], sha256=answer["Metadata"].get(_SHA256), etag=answer.get("ETag")
+        )
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Objects whose key starts with ``prefix``, in order of their keys; without their digests."""
@@ -324,7 +332,7 @@ class S3Store:
             )
             for page in pages:
                 for item in page.get("Contents", []):
-                    yield ObjectInfo(key=item["Key"].removeprefix(self.prefix), size=item["Size"], sha256=None)
+                    yield ObjectInfo(item["Key"].removeprefix(self.prefix), item["Size"], None, item.get("ETag"))
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -418,6 +426,8 @@ class S3Store:
             return self._not_found(key)
         if status == 412 or code == "ConditionalRequestConflict":
             return _ConditionError(f"{doing}: {detail}", decided=status == 412)
+        if code == "InvalidObjectState":
+            return ObjectArchivedError(f"{doing}: the object is archived; restore it first")
         if code == "RequestTimeTooSkewed":
             return UserError(f"{doing}: the clock of this machine and that of {self.endpoint} differ; set it right")
         if code == "AccessDenied":
