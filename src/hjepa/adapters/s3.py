@@ -83,12 +83,14 @@ class S3Store:
         attempts: int = 5,
         connect_timeout_seconds: float = 5.0,
         read_timeout_seconds: float = 60.0,
+        named: str = "storage.uri",
     ):
         """
         Args:
             uri: ``s3://bucket`` or ``s3://bucket/prefix``.
             endpoint_url: The server; None takes ``AWS_ENDPOINT_URL``, then AWS itself.
             attempts: Tries per request, the first included.
+            named: What a message asks the user to correct if there is no such bucket.
         """
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
         if not uri.startswith("s3://") or not bucket:
@@ -100,6 +102,7 @@ class S3Store:
         self._endpoint_url = endpoint_url
         self._region = region
         self._attempts = attempts
+        self._named = named
         self._connect_timeout_seconds = connect_timeout_seconds
         self._read_timeout_seconds = read_timeout_seconds
         self._lock = threading.Lock()
@@ -110,7 +113,12 @@ class S3Store:
     @classmethod
     def from_config(cls, storage: StorageConfig, uri: str | None = None) -> S3Store:
         """The configured storage, or another prefix or bucket at the same server."""
-        return cls(uri or storage.uri, endpoint_url=storage.endpoint_url, region=storage.region)
+        return cls(
+            uri or storage.uri,
+            endpoint_url=storage.endpoint_url,
+            region=storage.region,
+            named=uri or "storage.uri",
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in {"_lock", "_clients"}}
@@ -381,7 +389,7 @@ class S3Store:
 
     def _no_bucket(self) -> UserError:
         return UserError(
-            f"the S3 server at {self.endpoint} has no bucket {self.bucket!r}; create it, or correct storage.uri"
+            f"the S3 server at {self.endpoint} has no bucket {self.bucket!r}; create it, or correct {self._named}"
         )
 
     @contextmanager

@@ -21,6 +21,7 @@ from hjepa.errors import UserError
 
 S3 = "s3://"
 URL = re.compile(r"\w+://")
+MAX_READ_BYTES = 2 << 30  # at once: no image is larger, and one sparse file can pretend to be of any size
 State = tuple[int, int | str]
 """(bytes, modification time in ns or ETag), by which a change is seen without reading."""
 
@@ -123,8 +124,9 @@ class LocalFiles:
                 raise OSError(errno.EINVAL, "not a regular file", name)
             wanted = max(0, stat.st_size - start)
             wanted = wanted if length is None else min(wanted, length)
+            _require_readable(wanted, name)
             parts: list[bytes] = []
-            while wanted > 0 and (part := os.pread(descriptor, wanted, start)):  # at most 2 GiB come at once
+            while wanted > 0 and (part := os.pread(descriptor, wanted, start)):
                 parts.append(part)
                 start, wanted = start + len(part), wanted - len(part)
             return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -191,6 +193,7 @@ class ObjectFiles:
         return hasher.hexdigest()
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        _require_readable(self.state(name)[0] if length is None else length, name)
         if start == 0 and length is None:
             return self.store.get_bytes(self.prefix + name)
         return self.store.get_bytes(self.prefix + name, start=start, length=length)
@@ -201,6 +204,11 @@ def _shared_start(names: Sequence[str]) -> str:
     first, last = min(names, default=""), max(names, default="")
     length = next((i for i, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
     return first[:length]
+
+
+def _require_readable(size: int, name: str) -> None:
+    if size > MAX_READ_BYTES:
+        raise OSError(errno.EFBIG, f"{size} bytes, expected at most {MAX_READ_BYTES}", name)
 
 
 def split_path(root: str, key: str) -> tuple[str, str]:

@@ -35,7 +35,7 @@ from hjepa.data.sources import MIN_TRAIN_IMAGES, Source, Split, require_train_im
 from hjepa.data.workers import begin
 from hjepa.errors import HjepaError, UserError
 
-FORMAT = 1  # raised when the same images would give other shards
+FORMAT = 2  # raised when the same images would give other shards
 REPORT = "quarantine.jsonl"
 REPORT_SECONDS = 1.0
 SCRATCH_NAME = re.compile(r"prepare-(?P<pid>\d+)-(?P<started>\d+)-(?P<host>.+)-[^-]+")

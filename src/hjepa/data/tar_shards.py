@@ -220,7 +220,7 @@ def _own_manifest(files: Files, shards: Sequence[str]) -> _Own | None:
         manifest = json.loads(files.read(MANIFEST))
         splits = {
             str(split): {str(shard["key"]): int(shard["samples"]) for shard in section["shards"]}
-            for split, section in manifest["splits"].items()
+            for split, section in sorted(manifest["splits"].items(), reverse=True)  # train before test
         }
         own = _Own(
             str(manifest["name"]),
