@@ -452,6 +452,17 @@ def test_check__refuses_tars_of_texts(tmp_path: Path) -> None:
         check_source(config(write_tar(tmp_path / "set.tar", content)))
 
 
+def test_check__looks_at_a_few_of_many_large_tars(tmp_path: Path) -> None:
+    for i in range(12):
+        path = write_tar(tmp_path / f"{'train' if i > 2 else 'test'}-{i:02d}.tar", samples(10, start=10 * i))
+        with path.open("r+b") as file:
+            file.truncate(100_000_000)  # zeros that take no space
+    notes = check_source(config(tmp_path))
+    assert notes[-1] == "looked at 4 of 12 tar files"
+    assert "36 train, 4 test" in notes[0]
+    assert images(open_source(config(tmp_path))) == 120
+
+
 def test_read__a_file_that_was_cut_after_the_listing_is_truncated(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "set.tar", samples(40))
     data = config(path, quarantine_limit=1.0)

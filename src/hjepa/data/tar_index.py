@@ -1,7 +1,7 @@
 """Where the members of a tar file lie, read from their headers alone; nothing is ever extracted.
 
 Understands the formats that are in use: old Unix tar, POSIX ustar and pax, and GNU tar with its long names and large
-sizes. Python's tarfile takes ten times as long, and ends at a damaged header as if the file did.
+sizes. Python's tarfile takes three times as long, and ends at a damaged header as if the file did.
 """
 
 from __future__ import annotations
@@ -44,12 +44,14 @@ class Window:
             size: Bytes that are read at once.
         """
         self._read, self._size = read, size
-        self._start, self._piece = 0, b""
+        self._start, self._piece, self._is_last = 0, b"", False
 
     def __call__(self, start: int, length: int) -> bytes:
         first = start - self._start
-        if first < 0 or first + length > len(self._piece):
-            self._start, self._piece = start, self._read(start, max(length, self._size))
+        if first < 0 or (first + length > len(self._piece) and not self._is_last):
+            wanted = max(length, self._size)
+            self._start, self._piece = start, self._read(start, wanted)
+            self._is_last = len(self._piece) < wanted
             first = 0
         return self._piece[first : first + length]
 
@@ -112,9 +114,8 @@ def _checks(header: bytes) -> bool:
         stored = _number(header[148:156])
     except TarDamagedError:
         return False
-    blank = header[:148] + b"        " + header[156:]
-    total = sum(blank)
-    return stored == total or stored == total - 256 * sum(byte > 127 for byte in blank)
+    total = sum(header) - sum(header[148:156]) + 8 * 32
+    return stored == total or stored == total - 256 * sum(byte > 127 for byte in header[:148] + header[156:])
 
 
 def _number(digits: bytes) -> int:

@@ -25,15 +25,17 @@ from hjepa.config import DataConfig
 from hjepa.data.files import Files, LocalFiles, OpenStore, open_folder, split_path
 from hjepa.data.image_folder import SUFFIXES
 from hjepa.data.images import RejectedError
-from hjepa.data.labelled import NONE, PART_WORDS, MakeSplit, Samples, build_source
+from hjepa.data.labelled import NONE, PART_WORDS, TRAIN, MakeSplit, Samples, build_source
 from hjepa.data.plausibility import check_samples
 from hjepa.data.sources import Payload, Source, Split, slug
-from hjepa.data.tar_index import CompressedTarError, Member, TarDamagedError, Window, members
+from hjepa.data.tar_index import CompressedTarError, TarDamagedError, Window, members
 from hjepa.errors import UserError
 
-LOCAL_WINDOW = 4096  # bytes that hold a small member and the next header
+LOCAL_WINDOW = 16_384  # bytes: some small members, or the end of a large one and the next header
 REMOTE_WINDOW = 4 << 20  # a request costs as much time as some MiB
 REMOTE_THREADS = 8
+CHECKED_BYTES = 1_000_000_000  # a larger set is only sampled before prepare_data
+CHECKED_SHARDS = 4
 MAX_LABEL_BYTES = 1 << 16
 MAX_EXPANSIONS = 100_000
 MAX_DAMAGE_NOTES = 5
@@ -106,6 +108,22 @@ def open_tar_shards(data: DataConfig, open_store: OpenStore | None = None) -> So
         UserError: if there is no such file or folder, a shard is compressed or unreadable, or none holds an image.
     """
     files, shards, title = _shards(data, open_store)
+    return _open(files, shards, title, data)
+
+
+def check_tar_shards(data: DataConfig, open_store: OpenStore | None = None) -> list[str]:
+    """Reads the headers of the shards, of a large set only those of a few, and some of the images."""
+    files, shards, title = _shards(data, open_store)
+    notes: list[str] = []
+    if sum(files.state(shard)[0] for shard in shards) > CHECKED_BYTES and len(shards) > CHECKED_SHARDS:
+        candidates = [shard for shard in shards if _part(shard) == TRAIN] or shards
+        some = [candidates[k * len(candidates) // CHECKED_SHARDS] for k in range(CHECKED_SHARDS)]
+        notes = [f"looked at {CHECKED_SHARDS} of {len(shards)} tar files"]
+        shards = list(dict.fromkeys(some))
+    return check_samples(_open(files, shards, title, data), data) + notes
+
+
+def _open(files: Files, shards: list[str], title: str, data: DataConfig) -> Source:
     where = f"data.root={data.root}"
     own = _own_manifest(files, shards)
     if own is not None:
@@ -123,11 +141,6 @@ def open_tar_shards(data: DataConfig, open_store: OpenStore | None = None) -> So
         notes.append("these shards were written by hjepa: their order, splits and classes are kept")
         return Source(name=own.name, detail=detail, splits=splits, classes=own.classes, notes=tuple(notes))
     return build_source(samples, data=data, name=slug(title), detail=detail, make_split=make_split, notes=notes)
-
-
-def check_tar_shards(data: DataConfig, open_store: OpenStore | None = None) -> list[str]:
-    """Reads the headers of every shard, and a few of the images."""
-    return check_samples(open_tar_shards(data, open_store), data)
 
 
 # -- which files -----------------------------------------------------------------------------------------------------
@@ -276,7 +289,7 @@ def _scan_all(files: Files, shards: Sequence[str], data: DataConfig, where: str)
 
 def _scan(files: Files, shard: str, data: DataConfig, where: str, window: int) -> _Scan:
     read = Window(lambda start, length: files.read(shard, start, length), window)
-    images: dict[str, tuple[int, Member]] = {}  # key -> (rank of its suffix, image)
+    images: dict[str, tuple[int, int, int]] = {}  # key -> (rank of its suffix, offset, bytes)
     holders = () if data.label_column == "" else ("json",) if data.label_column else ("cls", "json")
     labels: dict[str, tuple[int, str | None]] = {}  # key -> (rank of its holder, label)
     keys: set[str] = set()
@@ -295,7 +308,7 @@ def _scan(files: Files, shard: str, data: DataConfig, where: str, window: int) -
                 if key in images:
                     notes["images have the key of another one in their shard"] += 1
                 if key not in images or rank < images[key][0]:
-                    images[key] = rank, member
+                    images[key] = rank, member.offset, member.size
             elif suffix in holders and (key not in labels or holders.index(suffix) < labels[key][0]):
                 content = b"" if member.size > MAX_LABEL_BYTES else read(member.offset, member.size)
                 try:
@@ -312,8 +325,8 @@ def _scan(files: Files, shard: str, data: DataConfig, where: str, window: int) -
     return _Scan(
         keys=list(images),
         labels=[labels[key][1] if key in labels else None for key in images],
-        offsets=[member.offset for _, member in images.values()],
-        sizes=[member.size for _, member in images.values()],
+        offsets=[offset for _, offset, _ in images.values()],
+        sizes=[size for *_, size in images.values()],
         notes=notes,
         damage=damage,
     )
