@@ -66,7 +66,7 @@ def test_name__separators_and_case_do_not_matter(tmp_path: Path) -> None:
     tree(tmp_path, classed("a", "b"))
     for name in ("image-folder", "ImageFolder", "image_folder"):
         assert len(open_source(DataConfig(name=name, root=str(tmp_path))).classes) == 2
-    assert set(DATASETS) == {"fashion-mnist", "image-folder"}
+    assert set(DATASETS) == {"fashion-mnist", "image-folder", "table", "tar-shards"}
 
 
 # -- image folders ---------------------------------------------------------------------------------------------------
@@ -244,9 +244,9 @@ def test_folder__unusable_files_do_not_count_as_images_to_train_on(tmp_path: Pat
 def test_hold_out__partitions_and_keeps_every_class_on_both_sides(fraction: float) -> None:
     names, labels = [str(i) for i in range(200)], [i % 7 for i in range(200)]
     train, test = hold_out(names, labels, fraction)
-    assert sorted(train + test) == list(range(200))
+    assert sorted([*train, *test]) == list(range(200))
     assert {labels[i] for i in train} == {labels[i] for i in test} == set(range(7))
-    assert hold_out(["one"], None, fraction) == ([0], [])
+    assert [part.tolist() for part in hold_out(["one"], None, fraction)] == [[0], []]
 
 
 # -- torchvision -----------------------------------------------------------------------------------------------------

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-from typing import Any
+import os
+import struct
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import simplejpeg
+from numpy.typing import NDArray
 from PIL import Image
 
+from hjepa.data.files import LocalFiles
 from hjepa.data.images import RejectedError, decode
 from hjepa.data.png import decode_unfiltered, encode_unfiltered
 from hjepa.data.transforms import decode_image
@@ -184,10 +193,147 @@ def test_decode__cmyk_jpeg_becomes_rgb() -> None:
     assert np.abs(picture.pixels.astype(int) - (200, 30, 30)).max() < 12
 
 
-def test_decode__animation_shows_its_first_frame() -> None:
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert decode(data, max_pixels=LIMIT).pixels[0, 0].tolist() == [255, 0, 0]
+def seen(data: bytes, channels: Literal[1, 3] = 3) -> NDArray[np.uint8]:
+    """(H, W, C) that training will see."""
+    pixels: NDArray[np.uint8] = decode_image(decode(data, max_pixels=LIMIT).encoded, channels).numpy()
+    return pixels.transpose(1, 2, 0)
+
+
+def test_decode__ycck_jpeg_becomes_rgb() -> None:
+    """Photoshop's CMYK: the inks inverted, then as luminance and differences, told by a flag in the Adobe marker."""
+    y, cb, cr = Image.new("RGB", (16, 16), (55, 225, 225)).convert("YCbCr").getpixel((0, 0))  # the inks of this red
+    stored = Image.new("CMYK", (16, 16), tuple(255 - value for value in (y, cb, cr, 255)))  # Pillow inverts once more
+    data = encode(stored, "JPEG", quality=95, subsampling=0)
+    flag = data.index(b"Adobe") + 11
+    assert np.abs(seen(data).astype(int) - (200, 30, 30)).max() > 12
+    data = data[:flag] + b"\2" + data[flag + 1 :]
+    assert np.abs(seen(data).astype(int) - (200, 30, 30)).max() < 12
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
+def test_decode__animation_shows_its_first_frame(kind: str) -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert np.abs(seen(data)[0, 0].astype(int) - (255, 0, 0)).max() <= 2
+
+
+def test_decode__clear_parts_of_the_first_frame_are_white() -> None:
+    frames = [Image.new("RGBA", (16, 16), colour) for colour in ((255, 0, 0, 0), (0, 0, 255, 255))]
+    for kind in ("GIF", "WEBP", "PNG"):
+        assert (seen(encode(frames[0], kind, save_all=True, append_images=frames[1:])) == 255).all()
+
+
+def png(depth: int, colour_type: int, row: bytes, transparent: bytes) -> bytes:
+    """16 x 16 pixels, each row the same, with a colour that is called transparent."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 16, 16, depth, colour_type, 0, 0, 0)
+    content = chunk(b"IDAT", zlib.compress((b"\0" + row) * 16))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"tRNS", transparent) + content + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour_type", "row", "hit", "miss", "value"),
+    [
+        (1, 0, b"\0" * 2, 0, 1, 0),
+        (2, 0, b"\x55" * 4, 1, 2, 85),
+        (4, 0, b"\x55" * 8, 5, 6, 85),
+        (8, 0, b"\x55" * 16, 85, 5, 85),
+        (16, 0, b"\x55\0" * 16, 0x5500, 0x5600, 0x55),
+        (8, 2, b"\x55" * 48, 0x55, 0x56, 0x55),
+        (16, 2, b"\x55\0" * 48, 0x5500, 0x5600, 0x55),
+    ],
+)
+def test_decode__a_transparent_colour_is_white_in_every_depth(
+    depth: int, colour_type: int, row: bytes, hit: int, miss: int, value: int
+) -> None:
+    samples = 3 if colour_type == 2 else 1
+    for key, expected in ((hit, 255), (miss, value)):
+        assert (seen(png(depth, colour_type, row, struct.pack(">H", key) * samples)) == expected).all()
+
+
+def tiff(values: NDArray[Any]) -> bytes:
+    return encode(Image.fromarray(values), "TIFF")
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([0, 0.5, 1], np.float32), [0, 128, 255]),
+        (np.array([-0.01, 0.5, 1.02], np.float32), [0, 128, 255]),
+        (np.array([0, 100, 255], np.float32), [0, 100, 255]),
+        (np.array([0, 25_600, 65_535], np.float32), [0, 100, 255]),
+        (np.array([-1, 0, 1], np.float32), [0, 128, 255]),
+        (np.array([0, 1e6, 2.55e6], np.float32), [0, 100, 255]),
+        (np.array([np.nan, 0.5, np.inf], np.float32), [0, 128, 128]),
+        (np.array([7, 7, 7], np.int32), [7, 7, 7]),
+        (np.array([0, 25_600, 65_535], np.int32), [0, 100, 255]),
+        (np.array([0, 2**29, 2**30], np.int32), [0, 128, 255]),
+        (np.array([-500, 0, 500], np.int32), [0, 128, 255]),
+        (np.array([0, 200, 65_535], np.uint16), [0, 0, 255]),
+        (np.array([np.nan, np.nan, np.nan], np.float32), [0, 0, 0]),
+    ],
+)
+def test_decode__wide_grey_values_are_scaled_by_their_range(values: NDArray[Any], expected: list[int]) -> None:
+    assert seen(tiff(np.tile(values, (4, 1))), 1)[0, :, 0].tolist() == expected
+
+
+def test_decode__a_strip_of_40_000_pixels_is_a_picture_until_it_has_too_many(tmp_path: Path) -> None:
+    for kind in ("PNG", "JPEG"):
+        assert seen(encode(Image.new("RGB", (40_000, 3), (9, 9, 9)), kind)).shape == (3, 40_000, 3)
+        with pytest.raises(RejectedError, match="too-many-pixels: 40000 x 300"):
+            decode(encode(Image.new("L", (40_000, 300)), kind), max_pixels=LIMIT)
+
+
+# -- files that are not what they seem ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def somebody_else() -> Iterator[None]:
+    """Run as a user who owns nothing, for root may read everything."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_read__without_permission_a_pipe_a_loop_and_a_giant_are_errors_of_that_file() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "mine.jpg").write_bytes(b"x")
+        (folder / "mine.jpg").chmod(0)
+        os.mkfifo(folder / "pipe.jpg")
+        (folder / "loop.jpg").symlink_to("loop.jpg")
+        (folder / "folder.jpg").mkdir()
+        with (folder / "giant.jpg").open("wb") as file:
+            file.truncate(1 << 40)  # a terabyte that takes no space
+        files = LocalFiles(folder)
+        for name, message in (
+            ("pipe.jpg", "not a regular file"),
+            ("loop.jpg", "symbolic links"),
+            ("folder.jpg", "not a regular file"),
+            ("giant.jpg", "expected at most"),
+            ("nowhere.jpg", "No such file"),
+        ):
+            with pytest.raises(OSError, match=message):
+                files.read(name)
+        with somebody_else(), pytest.raises(PermissionError):
+            files.read("mine.jpg")
+
+
+@pytest.mark.parametrize(("start", "length"), [(0, None), (3, 4), (0, 2), (7, None), (8, 99), (4, 0), (20, 5)])
+def test_read__ranges_are_slices(tmp_path: Path, start: int, length: int | None) -> None:
+    (tmp_path / "digits").write_bytes(b"0123456789")
+    end = None if length is None else start + length
+    assert LocalFiles(tmp_path).read("digits", start, length) == b"0123456789"[start:end]
 
 
 def test_decode__arrays_of_any_layout() -> None:
@@ -197,6 +343,19 @@ def test_decode__arrays_of_any_layout() -> None:
         np.testing.assert_array_equal(pixels[0], grey)
 
 
+def giant_png() -> bytes:
+    header = b"IHDR" + b"\x7f\xff\xff\xff" * 2 + bytes((8, 2, 0, 0, 0))
+    whole = encode(photo(), "PNG")
+    return whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:]
+
+
+def png_with_comment(size: int) -> bytes:
+    data = b"key\0\0" + zlib.compress(bytes(size))
+    chunk = struct.pack(">I", len(data)) + b"zTXt" + data + struct.pack(">I", zlib.crc32(b"zTXt" + data))
+    whole = encode(photo(), "PNG")
+    return whole[:33] + chunk + whole[33:]
+
+
 BAD_FILES = {
     "empty": (b"", "empty"),
     "text": (b"this is no image\n", "not-an-image"),
@@ -204,6 +363,10 @@ BAD_FILES = {
     "half a PNG": (encode(photo(), "PNG")[:1000], "truncated"),
     "only a PNG signature": (b"\x89PNG\r\n\x1a\n", "not-an-image"),
     "PostScript, which needs an interpreter": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not-an-image"),
+    "all but the end of a JPEG": (encode(photo(), "JPEG")[:-2], "truncated"),
+    "a page that says 404": (b"<html>404 Not Found</html>", "not-an-image"),
+    "megabytes of zeros in the comment of a PNG": (png_with_comment(200_000_000), "corrupt"),
+    "a PNG of 2^62 pixels": (giant_png(), "too-many-pixels"),
     "bomb": (encode(Image.new("1", (20_000, 20_000)), "PNG"), "too-many-pixels"),
 }
 

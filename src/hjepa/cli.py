@@ -313,12 +313,15 @@ def run(options: argparse.Namespace) -> int:
     except ImportError as error:
         raise UserError(f"hjepa run needs more packages ({error}): pip install 'hjepa[pipelines,stack]'") from None
     from hjepa.adapters.stack import Stack
-    from hjepa.data.datasets import check_source
+    from hjepa.data.datasets import check_source, require_known
     from hjepa.summary import show, show_sweep
 
     config = _config(options)
     # Again in the first step, but a misspelt name should not have to wait for servers.
-    check_source(config.data)
+    if config.data.root is not None and config.data.root.startswith("s3://"):
+        require_known(config.data.name)  # its server may be the one that is about to be started
+    else:
+        check_source(config.data)
     home: Path = options.home.expanduser().resolve()
     if home.exists() and not home.is_dir():
         raise UserError(f"--home {home} is a file; give a folder")

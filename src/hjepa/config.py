@@ -40,7 +40,11 @@ class Section(BaseModel):
 
 class DataConfig(Section):
     name: str = "image-folder"  # a row of hjepa.data.datasets.DATASETS, or a torchvision dataset class
-    root: str | None = None  # where the images are: a folder; null lets the data set fetch itself
+    root: str | None = None  # a folder, a table or tar files, here or in S3; null lets the data set fetch itself
+    image_root: str | None = None  # of a table: where its paths start, and may not leave; null is the table's folder
+    path_column: str | None = None  # of a table; null finds it by its name
+    label_column: str | None = None  # of a table, or field of a shard's .json; "" uses no labels
+    split_column: str | None = None  # of a table; "" uses none
     image_size: Count = 224  # pixels, square, after cropping
     channels: Literal[1, 3] = 3
     crop_scale: Range = (0.3, 1.0)  # area share of the random crop; (1, 1) turns cropping off
@@ -478,6 +482,18 @@ def contradictions(config: Config) -> list[tuple[tuple[str, ...], str]]:
         if wrong:
             found.append((keys, f"{' and '.join(keys)}: {message}"))
 
+    kind = re.sub(r"[^a-z0-9]", "", data.name.lower())
+    for key, value, kinds in (
+        ("image_root", data.image_root, ("table",)),
+        ("path_column", data.path_column, ("table",)),
+        ("label_column", data.label_column, ("table", "tar-shards")),
+        ("split_column", data.split_column, ("table",)),
+    ):
+        check(
+            value is not None and kind not in (known.replace("-", "") for known in kinds),
+            (f"data.{key}", "data.name"),
+            f"{value!r} says something about {' or '.join(kinds)}, but data.name is {data.name}",
+        )
     size, patch, levels = data.image_size, model.patch_size, model.num_levels
     check(
         size % patch != 0,

@@ -673,7 +673,7 @@ def prepare_data(*, resolved_path: str, dataset_path: str) -> None:
 
     run = Run.read(resolved_path)
     started, sent_before = time.monotonic(), run.store.bytes_sent
-    source = open_source(run.config.data)
+    source = open_source(run.config.data, functools.partial(S3Store.from_config, run.config.storage))
     say(f"source: {source.name}, {source.detail}")
     # Recognised by its content, not by the run: files added since the last time make another data set.
     known = f"datasets/{source.name}/recipes/{prepare.prepared_key(source, run.config.data)[:16]}.json"

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from hjepa.adapters.s3 import S3Store
@@ -223,7 +224,7 @@ def _masks(config: Config) -> Finding:
 def _source(config: Config) -> Finding:
     from hjepa.data.datasets import check_source
 
-    return Finding("images", True, "; ".join(check_source(config.data)))
+    return Finding("images", True, "; ".join(check_source(config.data, partial(S3Store.from_config, config.storage))))
 
 
 def _gib(size: int) -> str:

@@ -51,8 +51,12 @@ _SHA256 = "sha256"  # user metadata that makes an upload recognisable without re
 _BROKEN_BODY = (ReadTimeoutError, ResponseStreamingError, IncompleteReadError)
 
 
-class ObjectNotFoundError(HjepaError):
+class ObjectNotFoundError(HjepaError, FileNotFoundError):
     """No object has this key."""
+
+
+class ObjectArchivedError(HjepaError, PermissionError):
+    """The object is in an archive, from which the server does not read at once."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class ObjectInfo:
     key: str  # relative to the store
     size: int  # bytes
     sha256: str | None  # hex; None where the writer stored none, and in listings
+    etag: str | None = None  # the server's mark of this content
 
 
 class S3Store:
@@ -78,12 +83,14 @@ class S3Store:
         attempts: int = 5,
         connect_timeout_seconds: float = 5.0,
         read_timeout_seconds: float = 60.0,
+        named: str = "storage.uri",
     ):
         """
         Args:
             uri: ``s3://bucket`` or ``s3://bucket/prefix``.
             endpoint_url: The server; None takes ``AWS_ENDPOINT_URL``, then AWS itself.
             attempts: Tries per request, the first included.
+            named: What a message asks the user to correct if there is no such bucket.
         """
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
         if not uri.startswith("s3://") or not bucket:
@@ -95,6 +102,7 @@ class S3Store:
         self._endpoint_url = endpoint_url
         self._region = region
         self._attempts = attempts
+        self._named = named
         self._connect_timeout_seconds = connect_timeout_seconds
         self._read_timeout_seconds = read_timeout_seconds
         self._lock = threading.Lock()
@@ -103,8 +111,14 @@ class S3Store:
         self._bucket_seen = False
 
     @classmethod
-    def from_config(cls, storage: StorageConfig) -> S3Store:
-        return cls(storage.uri, endpoint_url=storage.endpoint_url, region=storage.region)
+    def from_config(cls, storage: StorageConfig, uri: str | None = None) -> S3Store:
+        """The configured storage, or another prefix or bucket at the same server."""
+        return cls(
+            uri or storage.uri,
+            endpoint_url=storage.endpoint_url,
+            region=storage.region,
+            named=uri or "storage.uri",
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in {"_lock", "_clients"}}
@@ -314,7 +328,9 @@ class S3Store:
                 self._require_bucket()
                 return None
         self._bucket_seen = True
-        return ObjectInfo(key=key, size=answer["ContentLength"], sha256=answer["Metadata"].get(_SHA256))
+        return ObjectInfo(
+            key=key, size=answer["ContentLength"], sha256=answer["Metadata"].get(_SHA256), etag=answer.get("ETag")
+        )
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Objects whose key starts with ``prefix``, in order of their keys; without their digests."""
@@ -324,7 +340,7 @@ class S3Store:
             )
             for page in pages:
                 for item in page.get("Contents", []):
-                    yield ObjectInfo(key=item["Key"].removeprefix(self.prefix), size=item["Size"], sha256=None)
+                    yield ObjectInfo(item["Key"].removeprefix(self.prefix), item["Size"], None, item.get("ETag"))
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -373,7 +389,7 @@ class S3Store:
 
     def _no_bucket(self) -> UserError:
         return UserError(
-            f"the S3 server at {self.endpoint} has no bucket {self.bucket!r}; create it, or correct storage.uri"
+            f"the S3 server at {self.endpoint} has no bucket {self.bucket!r}; create it, or correct {self._named}"
         )
 
     @contextmanager
@@ -418,6 +434,8 @@ class S3Store:
             return self._not_found(key)
         if status == 412 or code == "ConditionalRequestConflict":
             return _ConditionError(f"{doing}: {detail}", decided=status == 412)
+        if code == "InvalidObjectState":
+            return ObjectArchivedError(f"{doing}: the object is archived; restore it first")
         if code == "RequestTimeTooSkewed":
             return UserError(f"{doing}: the clock of this machine and that of {self.endpoint} differ; set it right")
         if code == "AccessDenied":

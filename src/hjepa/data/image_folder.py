@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from hjepa.config import DataConfig
-from hjepa.data.images import RejectedError, decode
-from hjepa.data.sources import (
-    Payload,
-    Source,
-    Split,
-    file_state,
-    files_below,
-    hold_out,
-    require_train_images,
-    scattered,
-)
+from hjepa.data.files import Files, OpenStore, open_folder
+from hjepa.data.plausibility import check_samples
+from hjepa.data.sources import Payload, Source, Split, hold_out, hold_out_note, scattered, slug
 from hjepa.errors import UserError
 
 SUFFIXES = (
@@ -27,7 +18,6 @@ SUFFIXES = (
     ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".tga",
 )  # fmt: skip
 TEST_FOLDERS = ("test", "val", "valid", "validation")
-CHECKED_FILES = 32  # files that the plausibility check opens
 
 
 class FileSplit:
@@ -35,8 +25,8 @@ class FileSplit:
 
     chunk = 8
 
-    def __init__(self, root: Path, names: list[str], labels: list[int] | None):
-        self.root, self.names, self.labels = root, names, labels
+    def __init__(self, files: Files, names: list[str], labels: list[int] | None):
+        self.files, self.names, self.labels = files, names, labels
 
     def __len__(self) -> int:
         return len(self.names)
@@ -45,13 +35,13 @@ class FileSplit:
         return self.names[i]
 
     def read(self, i: int) -> tuple[Payload, int | None]:
-        return (self.root / self.names[i]).read_bytes(), None if self.labels is None else self.labels[i]
+        return self.files.read(self.names[i]), None if self.labels is None else self.labels[i]
 
     def fingerprint(self) -> str:
         hasher = hashlib.sha256()
         for i, name in enumerate(self.names):
             label = None if self.labels is None else self.labels[i]
-            hasher.update(ascii((name, file_state(self.root / name), label)).encode())
+            hasher.update(ascii((name, self.files.state(name), label)).encode())
         return hasher.hexdigest()
 
 
@@ -61,7 +51,6 @@ class _Listing:
 
     groups: dict[str, list[str]]
     others: int  # files that are not named like images
-    unreadable: list[str]  # folders that could not be listed
 
     @property
     def classes(self) -> list[str]:
@@ -72,14 +61,17 @@ class _Listing:
         return sorted(name for files in self.groups.values() for name in files)
 
 
-def open_image_folder(data: DataConfig) -> Source:
+def open_image_folder(data: DataConfig, open_store: OpenStore | None = None) -> Source:
     """
     Raises:
         UserError: if there is no such folder, no image in it, or classes that the splits do not share.
     """
-    root = _root(data)
-    listing = _list(root)
-    notes = [f"{path} cannot be listed and was left out" for path in listing.unreadable]
+    if data.root is None:
+        raise UserError("data.name=image-folder needs data.root: the folder that holds the images.")
+    root = open_folder(data.root, open_store, key="data.root", holds="the folder of images")
+    unreadable: list[str] = []
+    listing = _grouped(root.names(unreadable))
+    notes = [f"{path} cannot be listed and was left out" for path in unreadable]
     if listing.others:
         notes.append(f"{listing.others} files are not named like images and were left out")
     if not listing.names:
@@ -96,57 +88,26 @@ def open_image_folder(data: DataConfig) -> Source:
     return _held_out(root, names, labels, () if labels is None else tuple(listing.classes), data, notes)
 
 
-def check_image_folder(data: DataConfig) -> list[str]:
+def check_image_folder(data: DataConfig, open_store: OpenStore | None = None) -> list[str]:
     """Lists the folder and opens a few files; refuses a folder whose sample does not look like images."""
-    source = open_image_folder(data)
-    split = source.splits["train"]
-    count = min(len(split), CHECKED_FILES)
-    bad = []
-    for k in range(count):
-        i = k * len(split) // count
-        try:
-            decode(split.read(i)[0], max_pixels=data.max_pixels)
-        except OSError as error:
-            bad.append(f"{split.name(i)!a} cannot be read: {error.strerror}")
-        except RejectedError as error:
-            bad.append(f"{split.name(i)!a} is {error}")
-    # A sample says nothing exact about the share in a large folder: prepare_data counts them all.
-    limit = data.quarantine_limit if count == len(split) else max(data.quarantine_limit, 0.5)
-    if len(bad) > limit * count:
-        raise UserError(
-            f"data.root={data.root}: {len(bad)} of {count} files looked at are not usable images "
-            f"(data.quarantine_limit allows a share of {data.quarantine_limit:g}): {'; '.join(bad[:3])}"
-            f"{'; ...' if len(bad) > 3 else ''}. Remove or replace them, or raise data.quarantine_limit."
-        )
-    require_train_images(len(split) - len(bad), f"data.root={data.root}")
-    counts = ", ".join(f"{len(part)} {name}" for name, part in source.splits.items())
-    return [f"{source.detail}: {counts}, {len(source.classes) or 'no'} classes", *source.notes]
+    return check_samples(open_image_folder(data, open_store), data)
 
 
-def _root(data: DataConfig) -> Path:
-    if data.root is None:
-        raise UserError("data.name=image-folder needs data.root: the folder that holds the images.")
-    root = Path(data.root).expanduser()
-    if not root.exists():
-        raise UserError(f"data.root={data.root}: there is no such folder. Set data.root to the folder of images.")
-    if not root.is_dir():
-        raise UserError(f"data.root={data.root} is a file, expected a folder of images.")
-    if not os.access(root, os.R_OK | os.X_OK):
-        raise UserError(f"data.root={data.root}: no permission to list this folder. Grant read access to it.")
-    return root
-
-
-def _list(root: Path) -> _Listing:
+def _grouped(names: Iterable[str]) -> _Listing:
     groups: dict[str, list[str]] = {}
-    unreadable: list[str] = []
     others = 0
-    for name in files_below(root, unreadable):
+    for name in names:
         if os.path.splitext(name)[1].lower() in SUFFIXES:
             first, slash, _ = name.partition("/")
             groups.setdefault(first if slash else "", []).append(name)
         else:
             others += 1
-    return _Listing(groups, others, unreadable)
+    return _Listing(groups, others)
+
+
+def _part(listing: _Listing, folder: str) -> _Listing:
+    """The listing of one sub-folder, seen from inside."""
+    return _grouped(name.partition("/")[2] for name in listing.groups[folder])
 
 
 def _labels(listing: _Listing, notes: list[str]) -> dict[str, int] | None:
@@ -167,8 +128,8 @@ def _labels(listing: _Listing, notes: list[str]) -> dict[str, int] | None:
     return {name: label for label, group in enumerate(classes) for name in listing.groups[group]}
 
 
-def _presplit(root: Path, listing: _Listing, data: DataConfig, notes: list[str]) -> Source:
-    train = _list(root / "train")
+def _presplit(root: Files, listing: _Listing, data: DataConfig, notes: list[str]) -> Source:
+    train = _part(listing, "train")
     labels_of = _labels(train, notes)
     classes = () if labels_of is None else tuple(train.classes)
     names = [name for name in train.names if labels_of is None or name in labels_of]
@@ -177,13 +138,13 @@ def _presplit(root: Path, listing: _Listing, data: DataConfig, notes: list[str])
         notes.append(f"{len(listing.groups[''])} images lie beside train/ and were left out")
     candidates = [name for name in TEST_FOLDERS if name in listing.classes]
     # Some sets ship a test/ without labels beside a labelled val/.
-    test_folder = next((name for name in candidates if not classes or _list(root / name).classes), None)
+    test_folder = next((name for name in candidates if not classes or _part(listing, name).classes), None)
     unused = [name for name in candidates if name != test_folder]
     if unused:
         notes.append(f"not used: {', '.join(f'{name}/' for name in unused)}")
     if test_folder is None:
-        return _held_out(root / "train", names, labels, classes, data, notes, named=root)
-    test = _list(root / test_folder)
+        return _held_out(root.below("train"), names, labels, classes, data, notes, named=root)
+    test = _part(listing, test_folder)
     unknown = [name for name in test.classes if name not in classes]
     if classes and unknown:
         raise UserError(
@@ -193,11 +154,11 @@ def _presplit(root: Path, listing: _Listing, data: DataConfig, notes: list[str])
     test_names = [name for name in test.names if not classes or "/" in name]
     test_labels = [classes.index(name.partition("/")[0]) for name in test_names] if classes else None
     return Source(
-        name=_slug(root.name),
-        detail=f"image folder {root} (train/ and {test_folder}/)",
+        name=slug(root.name),
+        detail=f"image folder {root.where} (train/ and {test_folder}/)",
         splits={
-            "train": _scattered_split(root / "train", names, labels, range(len(names))),
-            "test": _scattered_split(root / test_folder, test_names, test_labels, range(len(test_names))),
+            "train": _scattered_split(root.below("train"), names, labels, range(len(names))),
+            "test": _scattered_split(root.below(test_folder), test_names, test_labels, range(len(test_names))),
         },
         classes=classes,
         notes=tuple(notes),
@@ -205,38 +166,28 @@ def _presplit(root: Path, listing: _Listing, data: DataConfig, notes: list[str])
 
 
 def _held_out(
-    root: Path,
+    root: Files,
     names: list[str],
     labels: list[int] | None,
     classes: tuple[str, ...],
     data: DataConfig,
     notes: list[str],
-    named: Path | None = None,
+    named: Files | None = None,
 ) -> Source:
     train, test = hold_out(names, labels, data.test_fraction)
     splits: dict[str, Split] = {"train": _scattered_split(root, names, labels, train)}
-    if test:
+    if len(test):
         splits["test"] = _scattered_split(root, names, labels, test)
-        notes.append(f"no test split: {len(test)} of {len(names)} images are held out (data.test_fraction)")
-    else:
-        notes.append(
-            "no test split, and no class has two images of which one could be held out: "
-            "k-NN and linear probes are skipped"
-        )
+    notes.append(hold_out_note(len(test), len(names)))
     return Source(
-        name=_slug((named or root).name),
-        detail=f"image folder {root}",
+        name=slug((named or root).name),
+        detail=f"image folder {root.where}",
         splits=splits,
         classes=classes,
         notes=tuple(notes),
     )
 
 
-def _scattered_split(root: Path, names: list[str], labels: list[int] | None, positions: list[int] | range) -> FileSplit:
+def _scattered_split(root: Files, names: list[str], labels: list[int] | None, positions: Iterable[int]) -> FileSplit:
     order = scattered(positions, names)
     return FileSplit(root, [names[i] for i in order], None if labels is None else [labels[i] for i in order])
-
-
-def _slug(name: str) -> str:
-    """A name fit for an object key."""
-    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.") or "images"

@@ -90,6 +90,8 @@ def _decode_file(data: bytes, max_pixels: int, short_side: int | None, jpeg_qual
     if image.format in ("JPEG", "MPO"):
         return _decode_photo(image, data, short_side, jpeg_quality)
     image.load()
+    if image.format == "PNG":
+        _match_transparency(image, depth=data[24])
     visible = _visible(image)
     kept = visible is image and image.format == "PNG" and _plain_png(image, data) and not _is_larger(image, short_side)
     return Picture(np.asarray(image), data, "png") if kept else _lossless(visible, short_side)
@@ -151,6 +153,19 @@ def _plain_png(image: Image.Image, data: bytes) -> bool:
     return depth == 8 and colour_type in (0, 2) and not getattr(image, "is_animated", False)
 
 
+def _match_transparency(image: Image.Image, depth: int) -> None:
+    """Give the colour that a PNG calls transparent in the scale that Pillow gave the pixels.
+
+    Args:
+        depth: Bits per sample of the file.
+    """
+    key = image.info.get("transparency")
+    if image.mode == "L" and isinstance(key, int) and depth < 8:
+        image.info["transparency"] = key * (255 // (2**depth - 1))
+    elif image.mode == "RGB" and isinstance(key, tuple) and depth == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+
+
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ORIENTATION, 1))
@@ -166,6 +181,9 @@ def _visible(image: Image.Image) -> Image.Image:
         image = image.transpose(turn)
         if transparency is not None:
             image.info["transparency"] = transparency
+    if image.mode.startswith("I") and isinstance(key := image.info.get("transparency"), int):
+        values = np.asarray(image)
+        return Image.fromarray(np.where(values == key, np.uint8(255), _eight_bits(values)))
     if image.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info:
         grey = image.mode in ("L", "LA", "La")
         rgba = image.convert("RGBA")
@@ -179,13 +197,24 @@ def _visible(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """Scale 16-bit integers by their full range, and floats from 0..1 unless they go beyond it."""
-    if values.dtype.kind == "f":
-        values = np.nan_to_num(values, nan=0.0, posinf=255.0, neginf=0.0)
-        scale = 255.0 if values.max(initial=0.0) <= 1.0 else 1.0
-        return np.clip(np.rint(values * scale), 0, 255).astype(np.uint8)
-    wide = np.clip(values.astype(np.int64), 0, 65535)
-    return (wide >> 8 if values.itemsize == 2 or wide.max(initial=0) > 255 else wide).astype(np.uint8)
+    """Scale by the range that the values were made for, as far as they show it.
+
+    16-bit integers fill 16 bits. Wider ones fill 8 or 16 bits, whichever holds them all; floats 0..1, or likewise. What
+    fits nowhere, such as heights or counts, goes from its smallest value to its largest.
+    """
+    if values.dtype.kind != "f" and values.itemsize == 2:
+        return (values >> 8).astype(np.uint8)
+    scaled = values.astype(np.float32)
+    finite = scaled[np.isfinite(scaled)]
+    low, high = float(finite.min(initial=0.0)), float(finite.max(initial=0.0))
+    scaled = np.nan_to_num(scaled, nan=0.0, posinf=high, neginf=low)
+    if high > 65535 or low < -0.1 * high:
+        scaled = (scaled - low) * (255 / max(high - low, 1e-30))
+    elif values.dtype.kind == "f" and high <= 2:  # resampling takes some values a little above 1
+        scaled = scaled * 255
+    elif high > 255:
+        scaled = np.floor(scaled / 256)
+    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 
 
 def _lossless(image: Image.Image, short_side: int | None) -> Picture:

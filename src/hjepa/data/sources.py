@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat as stat_modes
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -148,22 +150,88 @@ def name_hash(name: str) -> bytes:
     return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
 
 
-def hold_out(names: Sequence[str], labels: Sequence[int] | None, fraction: float) -> tuple[list[int], list[int]]:
-    """Split samples into (train, test) positions, each class by itself.
+def name_keys(names: Iterable[str]) -> NDArray[np.uint64]:
+    """The hashes of names as numbers that sort alike: (N, 4), 32 bytes a name."""
+    digests = bytearray()
+    for name in names:
+        digests += name_hash(name)
+    return np.frombuffer(digests, dtype=">u8").reshape(-1, 4).astype(np.uint64)
+
+
+def key_order(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Positions (N,) of the keys in ascending order."""
+    return np.lexsort((keys[:, 3], keys[:, 2], keys[:, 1], keys[:, 0]))
+
+
+def hold_out(
+    names: Iterable[str], labels: Sequence[int] | NDArray[np.integer] | None, fraction: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Split samples into (train, test) positions, ascending, each class by itself.
 
     A class of at least two samples keeps one on either side. The same names give the same split on any machine.
     """
-    groups: dict[int, list[int]] = {}
-    for i in range(len(names)):
-        groups.setdefault(-1 if labels is None else labels[i], []).append(i)
-    test: set[int] = set()
-    for members in groups.values():
-        members.sort(key=lambda i: name_hash(names[i]))
+    return hold_out_keys(name_keys(names), labels, fraction)
+
+
+def hold_out_keys(
+    keys: NDArray[np.uint64], labels: Sequence[int] | NDArray[np.integer] | None, fraction: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """``hold_out`` by what ``name_keys`` made of the names."""
+    order = key_order(keys)
+    groups = np.zeros(len(keys), dtype=np.int64) if labels is None else np.asarray(labels, dtype=np.int64)
+    order = order[np.argsort(groups[order], kind="stable")]
+    ends = np.flatnonzero(np.diff(groups[order], append=np.iinfo(np.int64).max)) + 1
+    is_test = np.zeros(len(keys), dtype=bool)
+    start = 0
+    for end in ends.tolist():
+        members = order[start:end]
         if len(members) > 1:
-            test.update(members[: min(len(members) - 1, max(1, round(len(members) * fraction)))])
-    return [i for i in range(len(names)) if i not in test], sorted(test)
+            is_test[members[: min(len(members) - 1, max(1, round(len(members) * fraction)))]] = True
+        start = end
+    return np.flatnonzero(~is_test), np.flatnonzero(is_test)
 
 
 def scattered(positions: Iterable[int], names: Sequence[str]) -> list[int]:
     """The positions in an order that does not follow the names: sets sorted by class would give one-class blocks."""
     return sorted(positions, key=lambda i: name_hash(names[i]))
+
+
+def hold_out_note(held_out: int, total: int) -> str:
+    if held_out:
+        return f"no test split: {held_out} of {total} images are held out (data.test_fraction)"
+    return (
+        "no test split, and no class has two images of which one could be held out: k-NN and linear probes are skipped"
+    )
+
+
+def slug(name: str) -> str:
+    """A name fit for an object key."""
+    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.") or "images"
+
+
+class Names(Sequence[str]):
+    """Many strings in one block of bytes: as a list, a million paths take three times the memory."""
+
+    def __init__(self, names: Iterable[str] = ()):
+        self._bytes = bytearray()
+        self._ends = array("Q", [0])
+        for name in names:
+            self.append(name)
+
+    def append(self, name: str) -> None:
+        self._bytes += name.encode("utf-8", "surrogateescape")
+        self._ends.append(len(self._bytes))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> Names: ...
+    def __getitem__(self, i: int | slice) -> str | Names:
+        if isinstance(i, slice):
+            return Names(self[k] for k in range(*i.indices(len(self))))
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return self._bytes[self._ends[i] : self._ends[i + 1]].decode("utf-8", "surrogateescape")

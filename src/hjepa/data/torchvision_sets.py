@@ -120,7 +120,7 @@ def open_torchvision(data: DataConfig, dataset_class: type) -> Source:
         positions = {name: list(range(len(part))) for name, part in parts.items()}
     else:
         train, test = hold_out([f"{i:08d}" for i in range(len(whole))], None, data.test_fraction)
-        parts, positions = {"train": whole, "test": whole}, {"train": train, "test": test}
+        parts, positions = {"train": whole, "test": whole}, {"train": train.tolist(), "test": test.tolist()}
         notes = (f"no test split: {len(test)} of {len(whole)} images are held out (data.test_fraction)",)
     settings = "".join(f" {option}={value}" for option, value in SETTINGS.get(title, {}).items())
     identity = f"torchvision {torchvision.__version__} {title}{settings} {root} {len(whole)}"
