@@ -43,7 +43,7 @@ from hjepa.errors import HjepaError, UserError
 LOCKS = "locks"
 LEDGER = "bytes"  # how much the folder holds; an estimate until it is counted anew
 TEMPORARY = ".new-"
-LOCK_GROUPS = 64
+LOCK_GROUPS = 1024  # many more than requests in flight, or unrelated blocks wait for each other
 FULL = 0.9  # of the limit: what is left after a clean-up, and the largest set that counts as one that fits
 TOUCH_SECONDS = 10.0  # between two notes that a file is in use
 STALE_SECONDS = 600.0  # after which a temporary file is a killed process's
@@ -84,8 +84,9 @@ class BlockCache:
         self._warned = False
         with self._explained():
             (folder / LOCKS).mkdir(parents=True, exist_ok=True)
-            for group in range(LOCK_GROUPS):  # now, for later the disk may be full
-                (folder / LOCKS / _group(group)).touch()
+            # Now, for later the disk may be full.
+            for group in {_group(k) for k in range(LOCK_GROUPS)} - set(os.listdir(folder / LOCKS)):
+                (folder / LOCKS / group).touch()
             with self._locked(LEDGER) as ledger:
                 _write_number(ledger, self._count())
 
@@ -299,7 +300,7 @@ class BlockCache:
 
 
 def _group(number: int) -> str:
-    return f"{number:02d}"
+    return f"{number:04d}"
 
 
 def _read_number(descriptor: int | None) -> int | None:

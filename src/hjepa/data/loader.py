@@ -566,8 +566,9 @@ def _reading_ahead(
     ahead = ReadAhead(stream, needs, blocks=blocks, threads=max(1, GETS_IN_FLIGHT // max(1, num_workers)))
 
     def make_one(number: int) -> T:
-        ahead.at(number * batch_size)
-        return make(number)
+        made = make(number)
+        ahead.at((number + 1) * batch_size)  # after it: a first batch, which training waits for, goes first
+        return made
 
     try:
         yield make_one
