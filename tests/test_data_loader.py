@@ -441,13 +441,13 @@ def streamed(photos: ShardDataset, tmp_path: Path) -> Callable[..., Streamed]:
     """The photos as they are read from a store, with a cache that holds them all or a share of them."""
 
     def make(
-        share: float = 10.0, *, cache: str = "cache", delay: float = 0.0, block_bytes: int = BLOCK_BYTES
+        share: float = 10.0, *, cache: str = "cache", block_bytes: int = BLOCK_BYTES, bytes_per_second: float = 1e9
     ) -> Streamed:
         asked: list[tuple[str, int]] = []
 
         def get(key: str, first: int, length: int) -> bytes:
             asked.append((key, first))
-            time.sleep(delay)
+            time.sleep(length / bytes_per_second)
             with photos.fetch(key).open("rb") as file:
                 file.seek(first)
                 return file.read(length)
@@ -538,6 +538,7 @@ def test_streamed__what_fits_is_asked_for_in_the_first_epoch_alone(streamed: Cal
             end = time.monotonic() + 10
             while len(set(asked)) < len(dataset.stream) and time.monotonic() < end:
                 time.sleep(0.01)  # everything is read ahead, however slow training is
+            assert len(set(asked)) == len(dataset.stream)
         if batch.step == 5:
             asked.clear()
     assert asked == []
@@ -562,14 +563,12 @@ def test_streamed__in_windows_a_block_is_asked_for_about_once_per_epoch(streamed
 def test_streamed__first_batch_waits_for_its_images_alone(
     streamed: Callable[..., Streamed], share: float, workers: int
 ) -> None:
-    """Each request takes 0.3 s; all blocks one after the other would take five times as long as is allowed."""
-    dataset, _ = streamed(share, delay=0.3)
-    assert dataset.stream is not None
-    assert 0.3 * len(dataset.stream) > 3
+    """A block of 30 kB takes 3 s, an image less than 0.3."""
+    dataset, _ = streamed(share, block_bytes=30_000, bytes_per_second=10_000)
     start = time.monotonic()
     stream = loader(dataset, batch_size=4, num_workers=workers).batches(5, 1000)
     assert next(stream).step == 5
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < 2.5
     stream.close()  # type: ignore[attr-defined]
 
 
