@@ -4,7 +4,8 @@ import io
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +16,9 @@ import torch
 from PIL import Image
 
 from hjepa.config import DataConfig, validate
+from hjepa.data.cache import BlockCache, Remote
 from hjepa.data.datasets import open_source
-from hjepa.data.loader import EvalLoader, ShardDataset, TrainLoader, _tensors, global_batch, order
+from hjepa.data.loader import EvalLoader, ShardDataset, TrainLoader, Windows, _tensors, global_batch, order
 from hjepa.data.prepare import prepare
 from hjepa.data.sources import ArraySplit, Source
 from hjepa.data.transforms import eval_view, normalize
@@ -422,3 +424,194 @@ def test_read__gives_the_stored_pixels(photos: ShardDataset) -> None:
         pil = np.asarray(Image.open(io.BytesIO(photos.read_bytes(i))))
         np.testing.assert_array_equal(image, pil.transpose(2, 0, 1))
         assert label == photos.labels()[i]
+
+
+# -- from a store, through the cache ---------------------------------------------------------------------------------
+
+BLOCK_BYTES = 4_000  # 3 or so of the photos
+
+
+class Streamed(NamedTuple):
+    dataset: ShardDataset
+    asked: list[tuple[str, int]]  # key and first byte of every request; of this process alone
+
+
+@pytest.fixture
+def streamed(photos: ShardDataset, tmp_path: Path) -> Callable[..., Streamed]:
+    """The photos as they are read from a store, with a cache that holds them all or a share of them."""
+
+    def make(
+        share: float = 10.0, *, cache: str = "cache", block_bytes: int = BLOCK_BYTES, bytes_per_second: float = 1e9
+    ) -> Streamed:
+        asked: list[tuple[str, int]] = []
+
+        def get(key: str, first: int, length: int) -> bytes:
+            asked.append((key, first))
+            time.sleep(length / bytes_per_second)
+            with photos.fetch(key).open("rb") as file:
+                file.seek(first)
+                return file.read(length)
+
+        total = sum(shard["bytes"] for shard in photos.manifest["splits"]["train"]["shards"])
+        remote = Remote(get, str, BlockCache(tmp_path / cache, limit_bytes=int(share * total)), block_bytes)
+        return Streamed(ShardDataset(photos.manifest, "train", photos.fetch, remote=remote), asked)
+
+    return make
+
+
+@pytest.mark.parametrize(("n", "blocks", "window"), [(1, 1, 1), (37, 5, 1), (37, 37, 4), (5000, 50, 8), (999, 9, 100)])
+def test_windows__give_a_permutation_that_uses_few_blocks_at_a_time(n: int, blocks: int, window: int) -> None:
+    block_of = np.arange(n) * blocks // n
+    windows = Windows(block_of, window)
+    for epoch in range(3):
+        visited = windows.order(3, epoch)
+        assert sorted(visited) == list(range(n))
+        first, last = np.full(blocks, n), np.zeros(blocks, dtype=int)
+        np.minimum.at(first, block_of[visited], np.arange(n))
+        np.maximum.at(last, block_of[visited], np.arange(n))
+        in_use = [int(((first <= position) & (last >= position)).sum()) for position in range(n)]
+        assert max(in_use) <= min(blocks, window + 1)
+    assert n < 10 or not np.array_equal(windows.order(3, 0), windows.order(3, 1))
+    assert n < 10 or not np.array_equal(windows.order(3, 0), windows.order(4, 0))
+
+
+def test_windows__never_change() -> None:
+    assert Windows(np.arange(12) // 3, 2).order(0, 0).tolist() == [4, 5, 10, 3, 9, 11, 8, 1, 6, 7, 2, 0]
+
+
+def test_windows__every_sample_is_early_equally_often() -> None:
+    windows = Windows(np.arange(40) // 4, 3)
+    firsts = np.bincount(np.concatenate([windows.order(seed, 0)[:4] for seed in range(2000)]), minlength=40)
+    assert firsts.min() > 140
+    assert firsts.max() < 260
+
+
+def test_order__is_random_for_what_fits_and_in_windows_for_the_rest(
+    streamed: Callable[..., Streamed], grey: ShardDataset, photos: ShardDataset
+) -> None:
+    for dataset in (grey, photos, streamed().dataset):
+        made = loader(dataset)
+        assert made.order == "random"
+        visited = np.concatenate([made.batch(step).samples for step in range(5)])[:SAMPLES]
+        assert visited.tolist() == order(3, 0, SAMPLES).tolist()
+    dataset = streamed(0.8).dataset
+    assert dataset.stream is not None
+    made = loader(dataset, window_bytes=2 * BLOCK_BYTES)
+    assert made.order == "random in windows of 2 blocks of 0.004 MB"
+    visited = np.concatenate([made.batch(step).samples for step in range(5)])[:SAMPLES]
+    assert visited.tolist() == Windows(dataset.stream.block_of, 2).order(3, 0).tolist()
+    assert loader(dataset).order == "random in windows of 4 blocks of 0.004 MB"  # a quarter of the cache
+    assert loader(dataset, shuffle=False).order == "as stored"
+
+
+@pytest.mark.parametrize("share", [10.0, 0.8])
+def test_elastic__ranks_and_workers_change_and_every_image_comes_once_per_epoch(
+    streamed: Callable[..., Streamed], share: float
+) -> None:
+    """4 steps by 1 rank, 5 by 2, 6 by 3, with as many kinds of workers, from a cache that they share."""
+    straight = list(loader(streamed(share, cache="straight").dataset, batch_size=12, **RANDOM).batches(0, 16))
+    start = 0
+    seen: list[int] = []
+    for world_size, workers, steps in ((1, 0, 4), (2, 1, 5), (3, 3, 6), (1, 3, 1)):
+        ranks = [
+            loader(
+                streamed(share).dataset, batch_size=12, rank=rank, world_size=world_size, num_workers=workers, **RANDOM
+            ).batches(start, start + steps)
+            for rank in range(world_size)
+        ]
+        for whole, *parts in zip(straight[start : start + steps], *ranks, strict=True):
+            assert torch.equal(whole.images, torch.cat([part.images for part in parts]))
+            seen += np.concatenate([part.samples for part in parts]).tolist()
+            assert whole.samples.tolist() == seen[-12:]
+        start += steps
+    assert start == len(straight) > 5 * SAMPLES / 12
+    for epoch in range(len(seen) // SAMPLES):
+        assert sorted(seen[epoch * SAMPLES : (epoch + 1) * SAMPLES]) == list(range(SAMPLES))
+
+
+def test_streamed__what_fits_is_asked_for_in_the_first_epoch_alone(streamed: Callable[..., Streamed]) -> None:
+    dataset, asked = streamed()
+    assert dataset.stream is not None
+    batches = loader(dataset).batches(0, 40)
+    for batch in batches:
+        if batch.step == 0:
+            end = time.monotonic() + 10
+            while len(set(asked)) < len(dataset.stream) and time.monotonic() < end:
+                time.sleep(0.01)  # everything is read ahead, however slow training is
+            assert len(set(asked)) == len(dataset.stream)
+        if batch.step == 5:
+            asked.clear()
+    assert asked == []
+    list(loader(streamed().dataset).batches(0, 40))
+    again = streamed()
+    list(loader(again.dataset).batches(100, 105))
+    assert again.asked == []
+
+
+def test_streamed__in_windows_a_block_is_asked_for_about_once_per_epoch(streamed: Callable[..., Streamed]) -> None:
+    dataset, asked = streamed(0.4, block_bytes=3 * BLOCK_BYTES)
+    assert dataset.stream is not None
+    for _ in loader(dataset, batch_size=1).batches(0, 3 * SAMPLES):
+        time.sleep(0.002)
+    blocks = len(dataset.stream)
+    assert 1.5 * blocks < len(asked) < 3.6 * blocks
+    assert 3.6 * blocks < 0.4 * 3 * SAMPLES  # what it would be at least in random order
+
+
+@pytest.mark.parametrize("share", [10.0, 0.8])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streamed__first_batch_waits_for_its_images_alone(
+    streamed: Callable[..., Streamed], share: float, workers: int
+) -> None:
+    """A block of 30 kB takes 3 s, an image less than 0.3."""
+    dataset, _ = streamed(share, block_bytes=30_000, bytes_per_second=10_000)
+    start = time.monotonic()
+    stream = loader(dataset, batch_size=4, num_workers=workers).batches(5, 1000)
+    assert next(stream).step == 5
+    assert time.monotonic() - start < 2.5
+    stream.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_streamed__a_store_with_other_bytes_is_an_error_that_names_them(
+    streamed: Callable[..., Streamed], workers: int, photos: ShardDataset
+) -> None:
+    dataset, _ = streamed()
+    stream = dataset.stream
+    assert stream is not None
+    sound = stream.remote.get
+
+    def get(key: str, first: int, length: int) -> bytes:
+        return bytes(reversed(sound(key, first, length)))
+
+    stream.remote = replace(stream.remote, get=get)
+    with pytest.raises(HjepaError, match=r"^sample \d+ of the train split \(train-000000\.tar, bytes \d+ to \d+\)"):
+        list(loader(dataset, num_workers=workers).batches(0, 3))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streamed__eval_loader_reads_each_block_once(streamed: Callable[..., Streamed], workers: int) -> None:
+    dataset, asked = streamed(0.8)
+    assert dataset.stream is not None
+    labels = [
+        batch.labels for batch in EvalLoader(dataset, batch_size=8, image_size=16, channels=3, num_workers=workers)
+    ]
+    assert np.concatenate(labels).tolist() == dataset.labels().tolist()
+    assert len(asked) == (len(dataset.stream) if workers == 0 else 0)  # of this process
+
+
+def test_streamed__small_sets_of_one_size_are_held_in_memory(grey: ShardDataset, tmp_path: Path) -> None:
+    asked = []
+
+    def get(key: str, first: int, length: int) -> bytes:
+        asked.append(first)
+        return grey.fetch(key).read_bytes()[first : first + length]
+
+    remote = Remote(get, str, BlockCache(tmp_path, limit_bytes=5_000), 1_000)  # far too small, and not needed
+    dataset = ShardDataset(grey.manifest, "train", grey.fetch, remote=remote)
+    made = loader(dataset)
+    assert made.order == "random"
+    asked.clear()
+    for ours, theirs in zip(made.batches(0, 10), loader(grey).batches(0, 10), strict=True):
+        assert torch.equal(ours.images, theirs.images)
+    assert asked == []

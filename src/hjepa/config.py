@@ -28,6 +28,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+MIN_CACHED_BLOCKS = 16  # beside those in use, some are on their way and some are not yet let go
 # What evaluation measures of a readout, and what the probe measures during training.
 COLLAPSE_MEASURES = ("std", "rankme", "cosine", "norm")
 MEASURES = ("knn_top1", "linear_top1", *COLLAPSE_MEASURES)
@@ -57,6 +58,9 @@ class DataConfig(Section):
     quarantine_limit: Fraction = 0.05  # share of unreadable files above which prepare_data fails
     max_pixels: Count = 100_000_000  # larger images are quarantined as decompression bombs
     cache_dir: str = "~/.cache/hjepa"
+    cache_gb: Positive = 64.0  # shards from S3 that are kept in cache_dir, by all runs together, in 1e9 bytes
+    block_mb: Count = 8  # what one request to S3 brings
+    window_mb: Count = 2000  # of a set that does not fit the cache, the part that batches are drawn from
 
 
 class EMAConfig(Section):
@@ -574,6 +578,12 @@ def contradictions(config: Config) -> list[tuple[tuple[str, ...], str]]:
         data.crop_scale[0] > data.crop_scale[1],
         ("data.crop_scale",),
         f"expected (low, high), got ({data.crop_scale[0]:g}, {data.crop_scale[1]:g})",
+    )
+    blocks = int(data.cache_gb * 1000 / data.block_mb)
+    check(
+        blocks < MIN_CACHED_BLOCKS,
+        ("data.cache_gb", "data.block_mb"),
+        f"a cache of {data.cache_gb:g} GB holds {blocks} blocks of {data.block_mb} MB, and needs {MIN_CACHED_BLOCKS}",
     )
     check(
         size % patch == 0 and masking.min_context >= (size // patch) ** 2,

@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hjepa.adapters.cluster.spec import TrainSpec
+    from hjepa.data.cache import BlockCache
+    from hjepa.data.loader import ShardDataset
     from hjepa.distributed import World
     from hjepa.utils.checkpoint import SavedCheckpoint
 
@@ -80,6 +82,7 @@ DECISIVE = ("knn_top1", "linear_top1", "rankme")
 REPORT = "report.html"
 CARD = "MODEL_CARD.md"  # with the figures; the README.md of an export was written before they were known
 JOURNAL = "metrics.jsonl"
+IMAGE_TIMEOUT_SECONDS = 20.0  # without a byte; a block is small, and training waits for it
 
 
 def step(function: Callable[P, T]) -> Callable[P, T]:
@@ -206,6 +209,11 @@ class Run:
     @functools.cached_property
     def store(self) -> S3Store:
         return S3Store.from_config(self.config.storage)
+
+    @functools.cached_property
+    def images(self) -> S3Store:
+        """The same store for the loaders, which fork: no thread of another purpose may hold its lock at that moment."""
+        return S3Store.from_config(self.config.storage, read_timeout_seconds=IMAGE_TIMEOUT_SECONDS)
 
     @functools.cached_property
     def tracker(self) -> Tracker:
@@ -708,8 +716,8 @@ def _track_dataset(run: Run, manifest: Json) -> None:
 def _prepare_and_upload(run: Run, source: Any) -> Json:
     from hjepa.data import prepare
 
-    cache = _shard_cache(run.config)
-    with prepare.scratch(cache.parent) as workdir:
+    cache = _block_cache(run.config)
+    with prepare.scratch(cache.folder.parent) as workdir:
         try:
             prepared = prepare.prepare(source, run.config.data, workdir, progress=lambda state: say(str(state)))
         except prepare.QuarantineError as error:
@@ -725,36 +733,43 @@ def _prepare_and_upload(run: Run, source: Any) -> Json:
             sent = run.store.put_file(f"{folder}/{file.key}", file.path, sha256=file.sha256)
             say(f"uploaded {file.key}: {sent:,} bytes")
             # What was just made need not be downloaded by the next step on this machine.
-            os.replace(file.path, cache / file.sha256)
+            cache.adopt(file.path, file.sha256)
         manifest: Json = {**prepared.manifest, "uri": run.store.uri(folder)}
         run.store.put_json(f"{folder}/dataset.json", manifest)
     return manifest
 
 
-def _shard_cache(config: Config) -> Path:
+def _block_cache(config: Config) -> BlockCache:
+    from hjepa.data.cache import BlockCache
+
     folder = Path(config.data.cache_dir).expanduser() / "shards"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return BlockCache(folder, limit_bytes=int(config.data.cache_gb * 1e9), warn=warn)
 
 
-def _open_split(run: Run, manifest: Json, split: str) -> Any:
-    """A data set whose shards come from S3 through a local cache that trusts nothing but their checksums."""
+def _open_split(run: Run, manifest: Json, split: str) -> ShardDataset:
+    """A data set whose shards are read from S3, block by block as they are needed, through a cache on this machine."""
+    from hjepa.data.cache import Remote
     from hjepa.data.loader import ShardDataset
 
-    cache, folder = _shard_cache(run.config), run.store.key_of(manifest["uri"])
-    files = [*manifest["splits"][split]["shards"], manifest["splits"][split]["index"]]
-    checksums = {file["key"]: file["sha256"] for file in files}
+    cache, folder, store = _block_cache(run.config), run.store.key_of(manifest["uri"]), run.images
 
-    def fetch(key: str) -> Path:
-        path: Path = cache / checksums[key]
-        if path.exists() and file_sha256(path) != checksums[key]:
-            warn(f"the cached copy of {key} is damaged and is fetched again")
-            path.unlink()
-        if not path.exists():
-            run.store.download(f"{folder}/{key}", path, sha256=checksums[key])
+    def index(key: str) -> Path:
+        facts = manifest["splits"][split]["index"]
+        checksum: str = facts["sha256"]
+        path = cache.folder / checksum
+        if not cache.has(checksum, facts["bytes"]) or file_sha256(path) != checksum:
+            if path.exists():
+                warn(f"the cached copy of {key} is damaged and is fetched again")
+            store.download(f"{folder}/{key}", path, sha256=checksum)
         return path
 
-    return ShardDataset(manifest, split, fetch)
+    remote = Remote(
+        get=lambda key, first, length: store.get_bytes(f"{folder}/{key}", start=first, length=length),
+        name=lambda key: store.uri(f"{folder}/{key}"),
+        cache=cache,
+        block_bytes=run.config.data.block_mb * 1_000_000,
+    )
+    return ShardDataset(manifest, split, index, remote=remote)
 
 
 # -- train -----------------------------------------------------------------------------------------------------------
@@ -818,6 +833,8 @@ def _train(run: Run, dataset: Json, resume: str, device: str, world: World) -> J
     loader = build_train_loader(config, images, world, pin_memory=pick_device(device, world).type == "cuda")
     probe = training.make_probe(config, images, dataset, labelled)
     logs = Path(config.logging.log_dir).expanduser() / place
+    if world.is_main and loader.order != "random":
+        say(f"these images are more than data.cache_gb={config.data.cache_gb:g} holds: their order is {loader.order}")
     if not world.is_main:
         silent = MetricsLogger(run.name, logs, use_tensorboard=False)
         training.build_trainer(config, loader, device=device, resume=resume, probe=probe, logger=silent).train()

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import random
 import threading
 import time
 import uuid
@@ -42,12 +43,15 @@ from hjepa.errors import HjepaError, UserError
 from hjepa.utils.files import file_sha256, sync_folder
 
 if TYPE_CHECKING:
+    from botocore.response import StreamingBody
     from mypy_boto3_s3 import S3Client
 
 _MIB = 2**20
 # Measured best of eleven settings against the embedded server; more threads only contend for its CPU.
 _TRANSFER = TransferConfig(multipart_threshold=8 * _MIB, multipart_chunksize=32 * _MIB, max_concurrency=4)
 _SHA256 = "sha256"  # user metadata that makes an upload recognisable without reading it back
+_CHUNK_BYTES = 64 * 2**10
+_SLOW_SECONDS, _SLOW_BYTES_PER_SECOND = 10.0, 20_000
 _BROKEN_BODY = (ReadTimeoutError, ResponseStreamingError, IncompleteReadError)
 
 
@@ -111,13 +115,18 @@ class S3Store:
         self._bucket_seen = False
 
     @classmethod
-    def from_config(cls, storage: StorageConfig, uri: str | None = None) -> S3Store:
-        """The configured storage, or another prefix or bucket at the same server."""
+    def from_config(cls, storage: StorageConfig, uri: str | None = None, **options: Any) -> S3Store:
+        """The configured storage, or another prefix or bucket at the same server.
+
+        Args:
+            options: Others of the constructor, such as ``read_timeout_seconds``.
+        """
         return cls(
             uri or storage.uri,
             endpoint_url=storage.endpoint_url,
             region=storage.region,
             named=uri or "storage.uri",
+            **options,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -261,10 +270,11 @@ class S3Store:
                 tries += 1
                 try:
                     answer = self._client.get_object(Bucket=self.bucket, Key=self.prefix + key, **request)
-                    return answer["Body"].read()
+                    return _read_body(answer["Body"])
                 except _BROKEN_BODY:  # the client retries requests, but not a body that breaks off
                     if tries == self._attempts:
                         raise
+                    time.sleep(random.uniform(0.5, 1) * 0.1 * 2**tries)  # not all of many readers at the same moment
                 except ClientError as error:
                     if error.response["Error"]["Code"] == "InvalidRange":
                         return b""
@@ -463,6 +473,22 @@ class _ConditionError(HjepaError):
     def __init__(self, message: str, *, decided: bool):
         super().__init__(message)
         self.decided = decided
+
+
+def _read_body(body: StreamingBody) -> bytes:
+    """
+    Raises:
+        ReadTimeoutError: it does not break off, but comes so slowly that a new connection is worth a try.
+    """
+    started, size, chunks = time.monotonic(), 0, []
+    while chunk := body.read(_CHUNK_BYTES):
+        chunks.append(chunk)
+        size += len(chunk)
+        seconds = time.monotonic() - started
+        if seconds > _SLOW_SECONDS and size < seconds * _SLOW_BYTES_PER_SECOND:
+            body.close()
+            raise ReadTimeoutError(endpoint_url="S3", error=f"{size} bytes in {seconds:.0f} s")
+    return b"".join(chunks)
 
 
 def _status(error: ClientError) -> int:

@@ -1,4 +1,8 @@
-"""Shards -> batches. The order is a pure function of (seed, epoch), so a position is all that resuming needs."""
+"""Shards -> batches. The order is a pure function of (seed, epoch), so a position is all that resuming needs.
+
+Sets that are on this machine, or fit its cache, are visited in a random order. Of larger ones every batch is drawn from
+a window of blocks, so that a block is fetched once per epoch and not once per image; see ``Windows``.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hjepa.config import Config
+from hjepa.data.cache import GETS_IN_FLIGHT, ReadAhead, Remote, ShardStream
 from hjepa.data.shards import ShardReader, read_index
 from hjepa.data.transforms import (
     decode_image,
@@ -38,6 +44,8 @@ Fetch = Callable[[str], Path]
 
 MEMORY_BUDGET_BYTES = 256_000_000  # decoded sets up to this size are held in memory
 PREFETCHED_BATCHES = 2
+WINDOW_BYTES = 2_000_000_000
+WINDOW_SHARE = 0.25  # of the cache, at most: beside the window it has to hold what is read ahead
 
 T = TypeVar("T")
 
@@ -55,9 +63,10 @@ class ShardDataset:
         manifest: dataset.json.
         split: "train" or "test".
         fetch: Where the files named in the manifest are; shards are asked for when first read.
+        remote: Read the shards from there, block by block; ``fetch`` is then asked for the index alone.
     """
 
-    def __init__(self, manifest: Mapping[str, Any], split: str, fetch: Fetch):
+    def __init__(self, manifest: Mapping[str, Any], split: str, fetch: Fetch, *, remote: Remote | None = None):
         section = manifest["splits"].get(split)
         if section is None:
             raise UserError(
@@ -74,6 +83,7 @@ class ShardDataset:
                 f"{section['index']['key']} lists {len(self._index)} samples, the manifest {section['samples']}: "
                 "they are of different data sets; fetch both again"
             )
+        self.stream = None if remote is None else ShardStream(remote, section["shards"], self._index, split)
         self._paths: dict[int, Path] = {}
         self._reader = ShardReader()
 
@@ -90,6 +100,8 @@ class ShardDataset:
         Raises:
             HjepaError: if the bytes are not those that were prepared.
         """
+        if self.stream is not None:
+            return self.stream.read(i)
         shard, offset, length, _, crc32 = self._index[i].item()
         path = self._paths.get(shard)
         if path is None:
@@ -102,10 +114,22 @@ class ShardDataset:
             )
         return data
 
-    def read(self, i: int) -> tuple[NDArray[np.uint8], int]:
-        """The decoded image, uint8 (C, H, W), and its label (-1: none)."""
-        image: NDArray[np.uint8] = decode_image(self.read_bytes(i), self.channels).numpy()
+    def read(self, i: int, data: bytes | None = None) -> tuple[NDArray[np.uint8], int]:
+        """The decoded image, uint8 (C, H, W), and its label (-1: none).
+
+        Args:
+            data: The encoded image, where it has been read already.
+        """
+        image: NDArray[np.uint8] = decode_image(self.read_bytes(i) if data is None else data, self.channels).numpy()
         return image, int(self._index[i]["label"])
+
+    def encoded(self, samples: Sequence[int], *, sparse: bool) -> Sequence[bytes | None]:
+        """The encoded images that are best fetched together, from a store; None where ``read`` will do.
+
+        Args:
+            sparse: See ``ShardStream.read_many``.
+        """
+        return [None] * len(samples) if self.stream is None else self.stream.read_many(samples, sparse=sparse)
 
     def in_memory(
         self, *, limit: int | None = None, budget_bytes: int = MEMORY_BUDGET_BYTES
@@ -115,6 +139,8 @@ class ShardDataset:
         if self.shape is None or count * self.channels * self.shape[0] * self.shape[1] > budget_bytes:
             return None
         images = np.empty((count, self.channels, *self.shape), dtype=np.uint8)
+        if self.stream is not None:
+            self.stream.fetch(range(count))
 
         def fill(start: int) -> None:
             for i in range(start, min(start + 1024, count)):
@@ -138,15 +164,42 @@ def order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
     return np.argsort(draws, kind="stable").astype(np.int64, copy=False)
 
 
+class Windows:
+    """An order for sets that are larger than the cache: random within a window that slides over shuffled blocks.
+
+    The blocks are shuffled, and a sample of the k-th of them comes at the time k + window * u, with u drawn uniformly
+    from [0, 1): so at any time ``window`` blocks are in use (fewer near both ends of an epoch), and a new one is needed
+    whenever one of them is used up.
+
+    Args:
+        block_of: (N,) the block of each sample.
+        window: Blocks.
+    """
+
+    def __init__(self, block_of: NDArray[np.int64], window: int):
+        self.block_of, self.window = block_of, window
+
+    def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        """The permutation of the samples, of the same quality and stability as that of the function ``order``."""
+        blocks = int(self.block_of.max()) + 1
+        draws = np.random.PCG64(np.random.SeedSequence((seed, epoch), spawn_key=(1,))).random_raw(blocks)
+        rank = np.empty(blocks, dtype=np.uint64)
+        rank[np.argsort(draws, kind="stable")] = np.arange(blocks, dtype=np.uint64)
+        draws = np.random.PCG64(np.random.SeedSequence((seed, epoch), spawn_key=(2,))).random_raw(len(self.block_of))
+        # Fixed point with 32 bits after it: the same on every machine, which sums of floats need not be.
+        times = (rank[self.block_of] << np.uint64(32)) + (draws >> np.uint64(32)) * np.uint64(self.window)
+        return np.argsort(times, kind="stable").astype(np.int64, copy=False)
+
+
 @lru_cache(maxsize=2)
-def _cached_order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
-    permutation = order(seed, epoch, n)
+def _cached_order(seed: int, epoch: int, n: int, windows: Windows | None) -> NDArray[np.int64]:
+    permutation = order(seed, epoch, n) if windows is None else windows.order(seed, epoch)
     permutation.setflags(write=False)
     return permutation
 
 
 def global_batch(
-    step: int, *, batch_size: int, seed: int, n: int, shuffle: bool = True
+    step: int, *, batch_size: int, seed: int, n: int, shuffle: bool = True, windows: Windows | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(samples, epochs), each (B,), of one optimiser step over all ranks.
 
@@ -159,7 +212,7 @@ def global_batch(
     samples = np.empty(batch_size, dtype=np.int64)
     for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
         here = epochs == epoch
-        samples[here] = _cached_order(seed, epoch, n)[within[here]]
+        samples[here] = _cached_order(seed, epoch, n, windows)[within[here]]
     return samples, epochs
 
 
@@ -213,6 +266,7 @@ class TrainLoader:
             memory and whose views are not cropped need them only where masks are to be made beside a GPU.
         pin_memory: Put images and masks into page-locked memory, for asynchronous copies to a GPU.
         shuffle: False visits the split in its own order, as validation does.
+        window_bytes: How much of a set that is larger than its cache the images of a batch are drawn from.
 
     Raises:
         UserError: if the split is empty or the batch does not divide into ranks.
@@ -233,6 +287,7 @@ class TrainLoader:
         world_size: int = 1,
         pin_memory: bool = False,
         shuffle: bool = True,
+        window_bytes: int = WINDOW_BYTES,
     ):
         if len(dataset) == 0:
             raise UserError(f"the {dataset.split} split holds no image")
@@ -254,6 +309,17 @@ class TrainLoader:
         self._uncropped: Tensor | None = None
         if self._decoded is not None and tuple(crop_scale) == (1.0, 1.0):
             self._uncropped = eval_view(self._decoded, image_size)
+        stream = self._stream = None if self._decoded is not None else dataset.stream
+        self._windows: Windows | None = None
+        self.order = "random" if shuffle else "as stored"
+        if stream is not None:
+            # All of what fits; else as much again as is in use.
+            window = _window(stream, window_bytes)
+            self._ahead = len(stream) if stream.fits else window
+            if shuffle and not stream.fits:
+                self._windows = Windows(stream.block_of, window)
+                self.order = f"random in windows of {window} blocks of {stream.remote.block_bytes / 1e6:g} MB"
+        self._batches_made = 0  # in this process
 
     @property
     def num_samples(self) -> int:
@@ -282,6 +348,9 @@ class TrainLoader:
         """The batches of steps ``start_step`` to ``stop_step - 1``, made ahead of their use, each with its masks."""
         steps, make = range(start_step, stop_step), partial(self.batch, masking_fn=masking_fn)
         workers = self.num_workers
+        if self._stream is not None:
+            yield from self._streamed(steps, make)
+            return
         if self._uncropped is not None and not (self.pin_memory and masking_fn):
             workers = 0  # picking rows is cheaper than sending them between processes
             if not self.pin_memory:
@@ -291,9 +360,26 @@ class TrainLoader:
         made: Iterator[Batch] = _produce(make, steps, num_workers=workers, pin_memory=self.pin_memory)
         yield from (batch.with_tensors() for batch in made)
 
+    def _streamed(self, steps: range, make: Callable[[int], Batch]) -> Iterator[Batch]:
+        """The batches of a set that is read from a store, with the blocks that they need fetched before."""
+        assert self._stream is not None
+        needs = partial(block_needs, self._stream, self._order_of)
+        with _reading_ahead(self._stream, needs, make, self.batch_size, self._ahead, self.num_workers) as make:
+            for batch in _produce(make, steps, num_workers=self.num_workers, pin_memory=self.pin_memory):
+                yield batch.with_tensors()
+
+    def _order_of(self, epoch: int) -> NDArray[np.int64]:
+        n = len(self.dataset)
+        return _cached_order(self.seed, epoch, n, self._windows) if self.shuffle else np.arange(n)
+
     def batch(self, step: int, masking_fn: MaskingFn | None = None) -> Batch:
         samples, epochs = global_batch(
-            step, batch_size=self.batch_size, seed=self.seed, n=len(self.dataset), shuffle=self.shuffle
+            step,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            n=len(self.dataset),
+            shuffle=self.shuffle,
+            windows=self._windows,
         )
         share = self.batch_size // self.world_size
         mine = slice(self.rank * share, (self.rank + 1) * share)
@@ -320,9 +406,13 @@ class TrainLoader:
             flipped = torch.tensor([rng is not None and flips(rng) for rng in rngs], dtype=torch.bool)
             return torch.where(flipped[:, None, None, None], views.flip(-1), views) if flipped.any() else views
         views = torch.empty((len(samples), self.channels, self.image_size, self.image_size), dtype=torch.uint8)
-        for k, (sample, rng) in enumerate(zip(samples.tolist(), rngs, strict=True)):
+        # In random order a first batch is all over the set, so that its blocks are nearly the whole of it.
+        sparse = self._windows is None or self._batches_made < PREFETCHED_BATCHES
+        self._batches_made += 1
+        encoded = self._encoded(samples.tolist(), sparse)
+        for k, (sample, rng, data) in enumerate(zip(samples.tolist(), rngs, encoded, strict=True)):
             views[k] = train_view(
-                self._image(sample),
+                self._image(sample, data),
                 image_size=self.image_size,
                 crop_scale=self.crop_scale,
                 horizontal_flip=self.horizontal_flip,
@@ -330,10 +420,15 @@ class TrainLoader:
             )
         return views
 
-    def _image(self, sample: int) -> Tensor:
+    def _encoded(self, samples: list[int], sparse: bool) -> Sequence[bytes | None]:
+        if self._decoded is not None:
+            return [None] * len(samples)
+        return self.dataset.encoded(samples, sparse=sparse)
+
+    def _image(self, sample: int, data: bytes | None) -> Tensor:
         if self._decoded is not None:
             return self._decoded[sample]
-        return to_channels(torch.from_numpy(self.dataset.read(sample)[0]), self.channels)
+        return to_channels(torch.from_numpy(self.dataset.read(sample, data)[0]), self.channels)
 
 
 # -- evaluation ------------------------------------------------------------------------------------------------------
@@ -369,6 +464,7 @@ def build_train_loader(
         world_size=world.size,
         pin_memory=pin_memory,
         shuffle=not validation,
+        window_bytes=data.window_mb * 1_000_000,
     )
 
 
@@ -407,16 +503,77 @@ class EvalLoader:
         return -(-self.samples // self.batch_size)
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        yield from _produce(self.batch, range(len(self)), num_workers=self.num_workers, pin_memory=self.pin_memory)
+        produce = partial(_produce, num_workers=self.num_workers, pin_memory=self.pin_memory)
+        stream = self.dataset.stream
+        if stream is None:
+            yield from produce(self.batch, range(len(self)))
+            return
+
+        def needs(position: int) -> Iterator[tuple[int, int]]:
+            blocks, first = np.unique(stream.block_of[position : self.samples], return_index=True)
+            return zip((position + first).tolist(), blocks.tolist(), strict=True)
+
+        window = _window(stream, WINDOW_BYTES)
+        with _reading_ahead(stream, needs, self.batch, self.batch_size, window, self.num_workers) as make:
+            yield from produce(make, range(len(self)))
 
     def batch(self, number: int) -> EvalBatch:
         start = number * self.batch_size
         stop = min(start + self.batch_size, self.samples)
         views = torch.empty((stop - start, self.channels, self.image_size, self.image_size), dtype=torch.uint8)
+        encoded = self.dataset.encoded(range(start, stop), sparse=False)
         for k, i in enumerate(range(start, stop)):
-            image = to_channels(torch.from_numpy(self.dataset.read(i)[0]), self.channels)
+            image = to_channels(torch.from_numpy(self.dataset.read(i, encoded[k])[0]), self.channels)
             views[k] = eval_view(image, self.image_size)
         return EvalBatch(start, views, self._labels[start:stop])
+
+
+# -- reading ahead ---------------------------------------------------------------------------------------------------
+
+
+def _window(stream: ShardStream, window_bytes: int) -> int:
+    """Blocks. A function of the configuration and the data set alone: the order of the images depends on it."""
+    return max(1, min(window_bytes, int(WINDOW_SHARE * stream.cache.limit_bytes)) // stream.remote.block_bytes)
+
+
+def block_needs(
+    stream: ShardStream, order_of: Callable[[int], NDArray[np.int64]], position: int
+) -> Iterator[tuple[int, int]]:
+    """(position of the first need, block) of all blocks from a position on, epoch after epoch.
+
+    Args:
+        order_of: The samples in the order of an epoch.
+    """
+    n = len(stream.block_of)
+    epoch, within = divmod(position, n)
+    while True:
+        blocks, first = np.unique(stream.block_of[order_of(epoch)[within:]], return_index=True)
+        for k in np.argsort(first).tolist():
+            yield epoch * n + within + int(first[k]), int(blocks[k])
+        epoch, within = epoch + 1, 0
+
+
+@contextmanager
+def _reading_ahead(
+    stream: ShardStream,
+    needs: Callable[[int], Iterator[tuple[int, int]]],
+    make: Callable[[int], T],
+    batch_size: int,
+    blocks: int,
+    num_workers: int,
+) -> Iterator[Callable[[int], T]]:
+    """``make`` that also tells where it is: each process that makes batches fetches the blocks to come beside it."""
+    ahead = ReadAhead(stream, needs, blocks=blocks, threads=max(1, GETS_IN_FLIGHT // max(1, num_workers)))
+
+    def make_one(number: int) -> T:
+        made = make(number)
+        ahead.at((number + 1) * batch_size)  # after it: a first batch, which training waits for, goes first
+        return made
+
+    try:
+        yield make_one
+    finally:
+        ahead.close()
 
 
 # -- making batches ahead of their use -------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ from hjepa.utils.scheduler import create_ema_scheduler, create_lr_scheduler, cre
 MAX_OVERFLOWS = 50  # float16 steps in a row that are skipped while the loss scale comes down, by halves
 VIEWS = tuple(f"data.{key}" for key in ("image_size", "channels", "crop_scale", "horizontal_flip"))
 LINEAGE = ("seed", "model.", "masking.", "loss.", "training.", *VIEWS)
+ORDER, RANDOM = "order of the images", "random"
 # May change on resume: where and how fast the same steps are taken, not which.
 ELASTIC = tuple(
     f"training.{key}"
@@ -666,12 +667,12 @@ class HJEPATrainer:
     def lineage(self) -> dict[str, Any]:
         """Everything that decides where the next step leads; a checkpoint of another lineage cannot be resumed."""
         data = {"images": self.train_loader.num_samples, "images' digest": getattr(self.train_loader, "digest", None)}
-        return lineage(self.config) | data
+        return lineage(self.config) | data | {ORDER: getattr(self.train_loader, "order", RANDOM)}
 
     def _require_same_lineage(self, path: Path, theirs: Mapping[str, Any]) -> None:
         ours = self.lineage
         # A key that did not exist when the checkpoint was written had what is the default now.
-        past = lineage(Config()) | {"images' digest": ours["images' digest"]}
+        past = lineage(Config()) | {"images' digest": ours["images' digest"], ORDER: RANDOM}
         theirs = past | {key: value for key, value in theirs.items() if key in ours}
         different = [
             f"{key}: {theirs.get(key)} there, {ours[key]} here" for key in sorted(ours) if theirs.get(key) != ours[key]
