@@ -55,6 +55,9 @@ class DataConfig(Section):
     shard_mb: Count = 128
     short_side: Annotated[int, Field(ge=64)] | None = None  # pixels that larger images are reduced to; null keeps them
     jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 90  # of photographs that short_side reduces
+    part_images: Annotated[int, Field(ge=1000)] = 65536  # prepared as a unit, by one machine
+    find_duplicates: bool = True  # exact and near ones, in prepare_data
+    remove_leaks: bool = False  # take images out of the training split that the test split has too
     quarantine_limit: Fraction = 0.05  # share of unreadable files above which prepare_data fails
     max_pixels: Count = 100_000_000  # larger images are quarantined as decompression bombs
     cache_dir: str = "~/.cache/hjepa"

@@ -58,6 +58,9 @@ if TYPE_CHECKING:
     from hjepa.adapters.cluster.spec import TrainSpec
     from hjepa.data.cache import BlockCache
     from hjepa.data.loader import ShardDataset
+    from hjepa.data.parts import Part
+    from hjepa.data.shards import StoredFile
+    from hjepa.data.sources import Source
     from hjepa.distributed import World
     from hjepa.utils.checkpoint import SavedCheckpoint
 
@@ -82,6 +85,7 @@ DECISIVE = ("knn_top1", "linear_top1", "rankme")
 REPORT = "report.html"
 CARD = "MODEL_CARD.md"  # with the figures; the README.md of an export was written before they were known
 JOURNAL = "metrics.jsonl"
+UPLOADS = 4  # at the same time, each of them in several pieces
 IMAGE_TIMEOUT_SECONDS = 20.0  # without a byte; a block is small, and training waits for it
 
 
@@ -677,14 +681,13 @@ def prepare_data(*, resolved_path: str, dataset_path: str) -> None:
         UserError: no such source, or too many of its files cannot be read.
     """
     from hjepa.data import prepare
-    from hjepa.data.datasets import open_source
 
     run = Run.read(resolved_path)
     started, sent_before = time.monotonic(), run.store.bytes_sent
-    source = open_source(run.config.data, functools.partial(S3Store.from_config, run.config.storage))
-    say(f"source: {source.name}, {source.detail}")
+    source = _source(run)
     # Recognised by its content, not by the run: files added since the last time make another data set.
-    known = f"datasets/{source.name}/recipes/{prepare.prepared_key(source, run.config.data)[:16]}.json"
+    key = prepare.prepared_key(source, run.config.data)[:16]
+    known = f"datasets/{source.name}/recipes/{key}.json"
     try:
         manifest: Json = run.store.get_json(run.store.get_json(known)["dataset"])
         say("prepare_data: already done for these images, nothing to do")
@@ -692,6 +695,8 @@ def prepare_data(*, resolved_path: str, dataset_path: str) -> None:
         manifest = _prepare_and_upload(run, source)
         # Written after the data set is complete: whoever finds the recipe finds all of it.
         run.store.put_json(known, {"dataset": f"{run.store.key_of(manifest['uri'])}/dataset.json"})
+        for item in list(run.store.list(f"datasets/{source.name}/parts/{key}/")):
+            run.store.delete(item.key)
     manifest |= {
         "bytes_uploaded": run.store.bytes_sent - sent_before,
         "seconds": round(time.monotonic() - started, 1),
@@ -713,30 +718,138 @@ def _track_dataset(run: Run, manifest: Json) -> None:
     run.tracker.log_dataset(manifest["name"], manifest["digest"][:16], manifest["uri"], "training")
 
 
-def _prepare_and_upload(run: Run, source: Any) -> Json:
-    from hjepa.data import prepare
+def _prepare_and_upload(run: Run, source: Source) -> Json:
+    """Make the parts that are not in S3 yet, and put all of them together."""
+    from hjepa.data import parts, prepare
 
-    cache = _block_cache(run.config)
-    with prepare.scratch(cache.folder.parent) as workdir:
+    config, store = run.config, run.store
+    wanted = parts.parts_of(source, config.data.part_images)
+    base = _make_parts(run, source, wanted)
+    with prepare.scratch(_block_cache(config).folder.parent) as workdir:
+        made = [parts.PartResult.from_json(store.get_json(f"{base}/{part.name}.json"), workdir) for part in wanted]
+        for each in made:
+            for kind, checksum in each.sidecars.items():
+                name = each.part.file(kind)
+                store.download(f"{base}/{name}", workdir / name, sha256=checksum)
         try:
-            prepared = prepare.prepare(source, run.config.data, workdir, progress=lambda state: say(str(state)))
+            prepared = prepare.merge(source, config.data, workdir, made)
         except prepare.QuarantineError as error:
             # The report names the files to mend, so it must outlive this folder.
             key = run.key(prepare.REPORT)
-            run.store.put_bytes(key, error.report.read_bytes())
-            kept = Path(run.config.logging.log_dir).expanduser() / run.name / prepare.REPORT
+            store.put_bytes(key, error.report.read_bytes())
+            kept = Path(config.logging.log_dir).expanduser() / run.name / prepare.REPORT
             kept.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(error.report, kept)
-            raise UserError(f"{error}\nThe report: {kept}, {run.store.uri(key)}") from None
+            raise UserError(f"{error}\nThe report: {kept}, {store.uri(key)}") from None
         folder = f"datasets/{source.name}/{prepared.manifest['digest'][:16]}"
         for file in prepared.files:
-            sent = run.store.put_file(f"{folder}/{file.key}", file.path, sha256=file.sha256)
-            say(f"uploaded {file.key}: {sent:,} bytes")
-            # What was just made need not be downloaded by the next step on this machine.
-            cache.adopt(file.path, file.sha256)
-        manifest: Json = {**prepared.manifest, "uri": run.store.uri(folder)}
-        run.store.put_json(f"{folder}/dataset.json", manifest)
+            if file.path.exists():
+                store.put_file(f"{folder}/{file.key}", file.path, sha256=file.sha256)
+            else:
+                store.copy(f"{base}/{file.origin}", f"{folder}/{file.key}", sha256=file.sha256)
+        manifest: Json = {**prepared.manifest, "uri": store.uri(folder)}
+        store.put_json(f"{folder}/dataset.json", manifest)
     return manifest
+
+
+def _parts_folder(run: Run, source: Source) -> str:
+    """Where the parts of a preparation lie until they are put together, whoever makes them."""
+    from hjepa.data import prepare
+
+    return f"datasets/{source.name}/parts/{prepare.prepared_key(source, run.config.data)[:16]}"
+
+
+def _make_parts(run: Run, source: Source, wanted: Sequence[Part]) -> str:
+    """Have these parts in S3; those that are there already, from a try that was killed, are not made again."""
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+    from hjepa.data import prepare
+    from hjepa.data.parts import SIDECARS
+
+    store, cache, base = run.store, _block_cache(run.config), _parts_folder(run, source)
+    todo = [part for part in wanted if store.head(f"{base}/{part.name}.json") is None]
+    if len(todo) < len(wanted):
+        say(f"{len(wanted) - len(todo)} of {len(wanted)} parts are prepared already")
+    if not todo:
+        return base
+
+    def upload(shard: StoredFile) -> None:
+        sent = store.put_file(f"{base}/{shard.key}", shard.path, sha256=shard.sha256)
+        say(f"uploaded {shard.key}: {sent:,} bytes")
+        # What was just made need not be downloaded by the next step on this machine.
+        cache.adopt(shard.path, shard.sha256)
+        shard.path.unlink(missing_ok=True)  # it did not fit
+
+    with prepare.scratch(cache.folder.parent) as workdir, ThreadPoolExecutor(UPLOADS, "hjepa-upload") as uploads:
+        pending: list[Future[None]] = []
+
+        def send(shard: StoredFile) -> None:
+            pending.append(uploads.submit(upload, shard))
+            while len(pending) > 2 * UPLOADS:  # or a slow network would fill the disk
+                pending.pop(0).result()
+
+        progress = prepare.prepare_parts(
+            source, run.config.data, workdir, todo, progress=lambda state: say(str(state)), on_shard=send
+        )
+        for made in progress:
+            while pending:
+                pending.pop(0).result()
+            for kind in SIDECARS:
+                path = workdir / made.part.file(kind)
+                store.put_file(f"{base}/{path.name}", path, sha256=made.sidecars[kind])
+                path.unlink()
+            store.put_json(f"{base}/{made.part.name}.json", made.to_json())
+    return base
+
+
+@step
+def plan_preparation(*, resolved_path: str, pods: int) -> list[int]:
+    """How many pods can share the work of preparing the data set: the numbers of those that have something to do.
+
+    Args:
+        pods: How many there are.
+
+    Raises:
+        UserError: fewer than one, or no such source.
+    """
+    from hjepa.data.parts import parts_of
+
+    if pods < 1:
+        raise UserError(f"pods={pods}: expected at least 1")
+    run = Run.read(resolved_path)
+    source = _source(run)
+    parts = parts_of(source, run.config.data.part_images)
+    used = min(pods, len(parts))
+    say(f"{len(parts)} parts of at most {run.config.data.part_images:,} images for {used} pods")
+    return list(range(used))
+
+
+@step
+def prepare_parts(*, resolved_path: str, pod: int, pods: int) -> None:
+    """Make the share of one of several pods; ``prepare_data`` puts all shares together.
+
+    Args:
+        pod: Number of this one, from 0.
+        pods: How many share the work.
+    """
+    from hjepa.data import prepare
+    from hjepa.data.parts import parts_of
+
+    run = Run.read(resolved_path)
+    source = _source(run)
+    key = prepare.prepared_key(source, run.config.data)[:16]
+    if run.store.head(f"datasets/{source.name}/recipes/{key}.json") is not None:
+        say("prepare_parts: the data set is prepared already, nothing to do")
+        return
+    _make_parts(run, source, parts_of(source, run.config.data.part_images)[pod::pods])
+
+
+def _source(run: Run) -> Source:
+    from hjepa.data.datasets import open_source
+
+    source = open_source(run.config.data, functools.partial(S3Store.from_config, run.config.storage))
+    say(f"source: {source.name}, {source.detail}")
+    return source
 
 
 def _block_cache(config: Config) -> BlockCache:

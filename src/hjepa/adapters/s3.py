@@ -249,6 +249,25 @@ class S3Store:
             )
         return size
 
+    def copy(self, source: str, key: str, *, sha256: str) -> bool:
+        """Copy an object within the store without its bytes passing through here; False if it is there already.
+
+        Args:
+            sha256: Of the source, by which a copy is recognised.
+        """
+        found = self.head(key)
+        if found is not None and found.sha256 == sha256:
+            return False
+        with self._explained(f"cannot copy {self.uri(source)} to {self.uri(key)}", source):
+            self._client.copy_object(
+                Bucket=self.bucket,
+                Key=self.prefix + key,
+                CopySource={"Bucket": self.bucket, "Key": self.prefix + source},
+                Metadata={_SHA256: sha256},
+                MetadataDirective="REPLACE",
+            )
+        return True
+
     def delete(self, key: str) -> None:
         """Remove an object; one that does not exist is no error."""
         with self._explained(f"cannot delete {self.uri(key)}", key):

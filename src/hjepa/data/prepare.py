@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -17,7 +18,7 @@ import time
 import warnings
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -30,14 +31,21 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hjepa.config import DataConfig, sha256_json
+from hjepa.data import contact_sheet
+from hjepa.data.duplicates import Duplicates, Fingerprints, find, perceptual_hash
 from hjepa.data.images import DECODE_ERRORS, RejectedError, decode
-from hjepa.data.shards import ShardWriter, StoredFile
+from hjepa.data.parts import INDEX, PRINTS, SIDECARS, Part, PartResult, Thumbnail, parts_of, read_prints
+from hjepa.data.parts import REPORT as PARTS_REPORT
+from hjepa.data.shards import Index, ShardWriter, StoredFile, encode_index, read_index
 from hjepa.data.sources import MIN_TRAIN_IMAGES, Source, Split, require_train_images
 from hjepa.data.workers import begin
 from hjepa.errors import HjepaError, UserError
+from hjepa.utils.files import file_sha256
 
-FORMAT = 2  # raised when the same images would give other shards
+FORMAT = 3  # raised when the same images would give other shards
 REPORT = "quarantine.jsonl"
+DUPLICATES = "duplicates.jsonl"
+SHEET = "contact-sheet.png"
 REPORT_SECONDS = 1.0
 SCRATCH_NAME = re.compile(r"prepare-(?P<pid>\d+)-(?P<started>\d+)-(?P<host>.+)-[^-]+")
 CLOCK_TOLERANCE_SECONDS = 5.0  # start times are read off a clock that may have been set in between
@@ -91,6 +99,9 @@ def recipe(data: DataConfig) -> dict[str, Any]:
         "short_side": data.short_side,
         # Without reduction nothing is stored at this quality, and a change of it is no other data set.
         "jpeg_quality": None if data.short_side is None else data.jpeg_quality,
+        "part_images": data.part_images,
+        "find_duplicates": data.find_duplicates,
+        "remove_leaks": data.remove_leaks,
     }
 
 
@@ -135,7 +146,8 @@ def prepare(
 ) -> Prepared:
     """Write the shards of every split into ``workdir``.
 
-    The same images, labels and settings give the same bytes and the same digest on any number of workers.
+    The same images, labels and settings give the same bytes and the same digest on any number of workers, and however
+    many machines have made which parts of it; see ``prepare_parts`` and ``merge``.
     The manifest leaves out a split of which no image can be used.
 
     Args:
@@ -147,9 +159,44 @@ def prepare(
             train on; the report is written.
         UserError: if the source has too few images to train on, or the disk is full.
     """
+    wanted = parts_of(source, data.part_images)
+    made = list(prepare_parts(source, data, workdir, wanted, workers=workers, progress=progress))
+    prepared = merge(source, data, workdir, made)
+    files = [file._replace(path=workdir / file.key) for file in prepared.files]
+    for before, file in zip(prepared.files, files, strict=True):
+        before.path.rename(file.path)
+    for part in wanted:
+        for kind in SIDECARS:
+            (workdir / part.file(kind)).unlink()
+    return Prepared(prepared.manifest, files)
+
+
+def prepare_parts(
+    source: Source,
+    data: DataConfig,
+    workdir: Path,
+    wanted: Sequence[Part],
+    *,
+    workers: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    on_shard: Callable[[StoredFile], None] | None = None,
+) -> Iterator[PartResult]:
+    """Decode the images of some parts and write their shards and other files, but for the JSON, into ``workdir``.
+
+    Args:
+        workers, progress: As of ``prepare``.
+        on_shard: Called with each shard once it is complete; it may take the file away.
+
+    Yields:
+        Each part once all of its files are there.
+
+    Raises:
+        UserError: if the source has too few images to train on, or the disk is full.
+    """
     require_train_images(len(source.splits["train"]), source.detail)
     workdir.mkdir(parents=True, exist_ok=True)
     workers = workers or len(os.sched_getaffinity(0))
+    totals = Counter({split: sum(p.stop - p.start for p in wanted if p.split == split) for split in source.splits})
     pool = ProcessPoolExecutor(
         max_workers=workers,
         # Workers inherit the source instead of receiving it: millions of names need not be sent.
@@ -158,19 +205,10 @@ def prepare(
         initargs=(source.splits, data, os.getpid()),
     )
     try:
-        with (workdir / REPORT).open("w", encoding="ascii") as report:
-            splits = {
-                name: _prepare_split(
-                    _in_order(pool, name, split, in_flight=3 * workers),
-                    name=name,
-                    total=len(split),
-                    data=data,
-                    workdir=workdir,
-                    write_report=report.write,
-                    progress=progress,
-                )
-                for name, split in source.splits.items()
-            }
+        results = _in_order(pool, source, wanted, in_flight=3 * workers)
+        told: dict[str, _Told] = {split: _Told(split, totals[split], progress) for split in source.splits}
+        for part, chunks in itertools.groupby(results, key=lambda item: item[0]):
+            yield _prepare_part(part, (chunk for _, chunk in chunks), data, workdir, told[part.split], on_shard)
     except BrokenProcessPool:
         raise HjepaError(
             "a worker of prepare_data was killed, most likely for want of memory: "
@@ -183,29 +221,13 @@ def prepare(
         raise UserError(f"the disk of {workdir} is full ({free / 1e6:.0f} MB free): free some space there") from None
     finally:
         pool.shutdown(cancel_futures=True)
-    return _conclude(source, data, workdir, splits)
 
 
-# -- one split -------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _SplitResult:
-    shards: list[StoredFile]
-    index: StoredFile
-    labels: Counter[int | None]
-    content: str  # sha256 over pixels and labels in order
-    shapes: set[tuple[int, int]]  # (H, W); two of them are enough to know that they differ
-    sums: np.ndarray[tuple[int, int], np.dtype[np.float64]]  # (2, C): mean and mean square, summed over images
-    reasons: Counter[str]
-    examples: list[str]
-
-    @property
-    def samples(self) -> int:
-        return self.index.samples
+# -- one part --------------------------------------------------------------------------------------------------------
 
 
 class _Sample(NamedTuple):
+    number: int  # in the split of the source
     encoded: bytes
     suffix: str
     label: int | None
@@ -213,6 +235,8 @@ class _Sample(NamedTuple):
     shape: tuple[int, int]
     moments: tuple[tuple[float, ...], tuple[float, ...]]  # per channel: mean and mean square of x / 255
     crc32: int
+    perceptual: int | None
+    thumbnail: bytes | None
 
 
 class _Refused(NamedTuple):
@@ -221,60 +245,105 @@ class _Refused(NamedTuple):
     detail: str
 
 
-def _prepare_split(
+class _Told:
+    """Tells how far the parts of one split are."""
+
+    def __init__(self, split: str, total: int, progress: Callable[[Progress], None] | None):
+        self.split, self.total, self.progress = split, total, progress
+        self.done = self.quarantined = self.stored = 0
+        self._start = self._reported = 0.0
+
+    def add(self, done: int, quarantined: int, stored: int) -> None:
+        now = time.monotonic()
+        self._start = self._start or now
+        self.done, self.quarantined, self.stored = (
+            self.done + done,
+            self.quarantined + quarantined,
+            self.stored + stored,
+        )
+        if self.progress is not None and (now - self._reported >= REPORT_SECONDS or self.done == self.total):
+            self._reported = now
+            self.progress(Progress(self.split, self.done, self.total, self.quarantined, now - self._start, self.stored))
+
+
+def _prepare_part(
+    part: Part,
     chunks: Iterable[list[_Sample | _Refused]],
-    *,
-    name: str,
-    total: int,
     data: DataConfig,
     workdir: Path,
-    write_report: Callable[[str], object],
-    progress: Callable[[Progress], None] | None,
-) -> _SplitResult:
+    told: _Told,
+    on_shard: Callable[[StoredFile], None] | None,
+) -> PartResult:
     hasher = hashlib.sha256()
     labels: Counter[int | None] = Counter()
     shapes: set[tuple[int, int]] = set()
     sums = np.zeros((2, data.channels))
     reasons: Counter[str] = Counter()
     examples: list[str] = []
-    start = reported = time.monotonic()
-    done = stored = 0
-    with ShardWriter(workdir, name, shard_bytes=data.shard_mb * 1_000_000) as writer:
+    thumbnails: list[Thumbnail] = []
+    with (
+        (workdir / part.file(PARTS_REPORT)).open("w", encoding="ascii") as report,
+        (workdir / part.file(PRINTS)).open("wb") as prints,
+        ShardWriter(workdir, part.name, shard_bytes=data.shard_mb * 1_000_000, on_shard=on_shard) as writer,
+    ):
         for results in chunks:
+            stored = refused = 0
             for result in results:
                 if isinstance(result, _Refused):
+                    refused += 1
                     reasons[result.reason] += 1
-                    write_report(json.dumps({"split": name, **result._asdict()}) + "\n")
+                    report.write(json.dumps({"split": part.split, **result._asdict()}) + "\n")
                     if len(examples) < 3:
                         examples.append(f"{result.name!a} ({result.reason})")
                     continue
-                writer.add(result.encoded, suffix=result.suffix, label=result.label, crc32=result.crc32)
+                writer.add(
+                    result.encoded,
+                    number=result.number,
+                    suffix=result.suffix,
+                    label=result.label,
+                    crc32=result.crc32,
+                )
                 stored += len(result.encoded)
                 hasher.update(result.content + f" {result.label}\n".encode())
+                if result.perceptual is not None:
+                    prints.write(result.content[7::-1] + result.perceptual.to_bytes(8, "little"))
                 labels[result.label] += 1
                 if len(shapes) < 2:
                     shapes.add(result.shape)
                 sums += result.moments
-            done += len(results)
-            now = time.monotonic()
-            if progress is not None and (now - reported >= REPORT_SECONDS or done == total):
-                reported = now
-                progress(Progress(name, done, total, reasons.total(), now - start, stored))
+                if result.thumbnail is not None:
+                    thumbnails.append(Thumbnail(result.number, result.label, result.thumbnail))
+            told.add(len(results), refused, stored)
         index = writer.finish()
-    return _SplitResult(writer.shards, index, labels, hasher.hexdigest(), shapes, sums, reasons, examples)
+    return PartResult(
+        part=part,
+        shards=writer.shards,
+        samples=index.samples,
+        content=hasher.hexdigest(),
+        labels=labels,
+        shapes=shapes,
+        sums=sums,
+        reasons=reasons,
+        examples=examples,
+        thumbnails=thumbnails,
+        sidecars={kind: file_sha256(workdir / part.file(kind)) for kind in SIDECARS},
+    )
 
 
 def _in_order(
-    pool: ProcessPoolExecutor, name: str, split: Split, *, in_flight: int
-) -> Iterator[list[_Sample | _Refused]]:
-    """Results in the order of the split, with few tasks in flight, so that memory stays bounded."""
-    pending: deque[Future[list[_Sample | _Refused]]] = deque()
-    for start in range(0, len(split), split.chunk):
-        pending.append(pool.submit(_work, name, start, min(start + split.chunk, len(split))))
-        if len(pending) >= in_flight:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+    pool: ProcessPoolExecutor, source: Source, wanted: Iterable[Part], *, in_flight: int
+) -> Iterator[tuple[Part, list[_Sample | _Refused]]]:
+    """Results in the order of the parts, with few tasks in flight, so that memory stays bounded."""
+    pending: deque[tuple[Part, Future[list[_Sample | _Refused]]]] = deque()
+    for part in wanted:
+        chunk = source.splits[part.split].chunk
+        for start in range(part.start, part.stop, chunk):
+            pending.append((part, pool.submit(_work, part.split, start, min(start + chunk, part.stop))))
+            if len(pending) >= in_flight:
+                done, future = pending.popleft()
+                yield done, future.result()
+    for done, future in pending:
+        yield done, future.result()
 
 
 # -- in a worker process ---------------------------------------------------------------------------------------------
@@ -284,6 +353,7 @@ def _in_order(
 class _Task:
     splits: Mapping[str, Split]
     data: DataConfig
+    shown: Set[int]  # numbers of the training images on the contact sheet
 
 
 _task: _Task  # set once in each worker
@@ -291,7 +361,7 @@ _task: _Task  # set once in each worker
 
 def _start_worker(splits: Mapping[str, Split], data: DataConfig, parent: int) -> None:
     global _task
-    _task = _Task(splits, data)
+    _task = _Task(splits, data, contact_sheet.shown(len(splits["train"])))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     begin(parent)
@@ -304,13 +374,13 @@ def _work(split_name: str, start: int, stop: int) -> list[_Sample | _Refused]:
     results: list[_Sample | _Refused] = []
     for i in range(start, stop):
         try:
-            results.append(_sample(split, i))
+            results.append(_sample(split, i, shown=split_name == "train" and i in _task.shown))
         except RejectedError as error:
             results.append(_Refused(split.name(i), error.reason, error.detail))
     return results
 
 
-def _sample(split: Split, i: int) -> _Sample:
+def _sample(split: Split, i: int, *, shown: bool) -> _Sample:
     try:
         payload, label = split.read(i)
     except DECODE_ERRORS as error:
@@ -321,6 +391,7 @@ def _sample(split: Split, i: int) -> _Sample:
     content = hashlib.sha256(f"{'L' if picture.pixels.ndim == 2 else 'RGB'} {width} {height}\n".encode())
     content.update(np.ascontiguousarray(picture.pixels).data)
     return _Sample(
+        number=i,
         encoded=picture.encoded,
         suffix=picture.suffix,
         label=label,
@@ -328,6 +399,8 @@ def _sample(split: Split, i: int) -> _Sample:
         shape=(height, width),
         moments=_moments(picture.pixels, data.channels),
         crc32=zlib.crc32(picture.encoded),
+        perceptual=perceptual_hash(Image.fromarray(picture.pixels)) if data.find_duplicates else None,
+        thumbnail=contact_sheet.thumbnail(picture.pixels) if shown else None,
     )
 
 
@@ -344,18 +417,60 @@ def _moments(pixels: NDArray[np.uint8], channels: int) -> tuple[tuple[float, ...
     return tuple(means * repeat), tuple(squares * repeat)
 
 
-# -- all splits ------------------------------------------------------------------------------------------------------
+# -- all parts -------------------------------------------------------------------------------------------------------
 
 
-def _conclude(source: Source, data: DataConfig, workdir: Path, splits: Mapping[str, _SplitResult]) -> Prepared:
-    reasons = sum((result.reasons for result in splits.values()), Counter())
+@dataclass
+class _Split:
+    """The parts of one split put together."""
+
+    name: str
+    parts: list[PartResult]
+
+    def __post_init__(self) -> None:
+        self.labels = sum((part.labels for part in self.parts), Counter[int | None]())
+        self.reasons = sum((part.reasons for part in self.parts), Counter[str]())
+        self.samples = sum(part.samples for part in self.parts)
+        self.examples = [text for part in self.parts for text in part.examples][:3]
+        self.shapes = {shape for part in self.parts for shape in part.shapes}
+        self.sums = np.sum([part.sums for part in self.parts], axis=0)
+
+    def shards(self) -> list[StoredFile]:
+        """Under the names that they get in the data set, which counts them through."""
+        files = [shard for part in self.parts for shard in part.shards]
+        return [shard._replace(key=f"{self.name}-{number:06d}.tar") for number, shard in enumerate(files)]
+
+    def index(self, workdir: Path) -> Index:
+        records, before = [], 0
+        for part in self.parts:
+            found = read_index(workdir / part.part.file(INDEX)).copy()
+            found["shard"] += before
+            before += len(part.shards)
+            records.append(found)
+        return np.concatenate(records)
+
+
+def merge(source: Source, data: DataConfig, workdir: Path, made: Sequence[PartResult]) -> Prepared:
+    """Put all parts of a source together into one data set.
+
+    Args:
+        workdir: Has the parts' ``SIDECARS``, and gets the files of the data set; shards may be elsewhere.
+        made: Every part of ``parts_of``.
+
+    Returns:
+        The manifest and its files; the shards under the names of their parts, to be renamed or copied.
+
+    Raises:
+        QuarantineError: as of ``prepare``.
+    """
+    splits = [_Split(name, [each for each in made if each.part.split == name]) for name in source.splits]
+    reasons = sum((split.reasons for split in splits), Counter[str]())
     quarantined = reasons.total()
-    samples = sum(result.samples for result in splits.values())
-    total = quarantined + samples
-    report = workdir / REPORT
-    examples = [text for result in splits.values() for text in result.examples][:3]
+    samples = sum(split.samples for split in splits)
+    report = _joined(made, workdir)
+    examples = [text for split in splits for text in split.examples][:3]
     _require_few_refused(reasons, samples, data, report, examples)
-    train = splits["train"]
+    train = splits[0] if splits[0].name == "train" else next(split for split in splits if split.name == "train")
     if train.samples < MIN_TRAIN_IMAGES:
         raise QuarantineError(
             f"{source.detail}: {train.samples} of {train.samples + train.reasons.total()} training images can be used, "
@@ -364,41 +479,114 @@ def _conclude(source: Source, data: DataConfig, workdir: Path, splits: Mapping[s
             report,
         )
     notes = list(source.notes)
-    for name, result in splits.items():
-        if result.samples == 0:
-            notes.append(f"the {name} split is left out: none of its {result.reasons.total()} images can be used")
-    splits = {name: result for name, result in splits.items() if result.samples > 0}
-    labels = {label for result in splits.values() for label in result.labels if label is not None}
+    for split in splits:
+        if split.samples == 0:
+            notes.append(f"the {split.name} split is left out: none of its {split.reasons.total()} images can be used")
+    splits = [split for split in splits if split.samples > 0]
+    labels = {label for split in splits for label in split.labels if label is not None}
     classes = list(source.classes)
     if labels and max(labels) >= len(classes):
         classes = [str(label) for label in range(max(labels) + 1)]
-    prepare_section = recipe(data)
-    content = {name: result.content for name, result in splits.items()}
-    report_bytes = report.read_bytes()
-    report_file = StoredFile(
-        REPORT, report, len(report_bytes), hashlib.sha256(report_bytes).hexdigest(), samples=quarantined
-    )
+    indexes = {split.name: split.index(workdir) for split in splits}
+    section = recipe(data)
+    content: dict[str, Any] = {split.name: [part.content for part in split.parts] for split in splits}
+    files: list[StoredFile] = []
+    manifest: dict[str, Any] = {}
+    if data.find_duplicates:
+        found = _duplicates(splits, indexes, workdir)
+        manifest["duplicates"] = _duplicates_section(found, splits, workdir, data, files)
+        notes += _notes_of_duplicates(found, data)
+        if data.remove_leaks and found.leaking.any():
+            # Their bytes stay in the shards; training reads what the index names.
+            indexes["train"] = indexes["train"][~found.leaking]
+            content["removed"] = hashlib.sha256(np.packbits(found.leaking).tobytes()).hexdigest()
+            require_train_images(len(indexes["train"]), f"{source.detail}, without the images that the test split has")
+    sheet = contact_sheet.draw([t for part in train.parts for t in part.thumbnails], classes)
+    files.append(_write(workdir / SHEET, sheet))
+    files.append(_stored(report, quarantined))
+    for split in splits:
+        files.append(_write(workdir / f"{split.name}.index", encode_index(indexes[split.name]), split.samples))
+    by_key = {file.key: file for file in files}
     manifest = {
         "schema": 1,
         "name": source.name,
-        "digest": sha256_json({"prepare": prepare_section, "classes": classes, "content": content}),
+        "digest": sha256_json({"prepare": section, "classes": classes, "content": content}),
         "source": {"kind": data.name, "detail": source.detail, "notes": notes},
         "channels": data.channels,
         "classes": classes,
-        "splits": {name: _split_section(result, len(classes)) for name, result in splits.items()},
+        "splits": {
+            split.name: _split_section(split, indexes[split.name], by_key[f"{split.name}.index"], len(classes))
+            for split in splits
+        },
         "statistics": _statistics(train),
         "quarantine": {
             "total": quarantined,
-            "share": quarantined / total,
+            "share": quarantined / (quarantined + samples),
             "by_reason": dict(sorted(reasons.items())),
             "report": REPORT,
-            "bytes": report_file.bytes,
-            "sha256": report_file.sha256,
+            "bytes": by_key[REPORT].bytes,
+            "sha256": by_key[REPORT].sha256,
         },
-        "prepare": prepare_section,
+        "contact_sheet": _facts(by_key[SHEET]),
+        "prepare": section,
+        **manifest,
     }
-    stored = [file for result in splits.values() for file in (*result.shards, result.index)]
-    return Prepared(manifest, [*stored, report_file])
+    shards = [shard for split in splits for shard in split.shards()]
+    return Prepared(manifest, [*shards, *files])
+
+
+def _joined(made: Sequence[PartResult], workdir: Path) -> Path:
+    """The quarantine reports of all parts in one file."""
+    path = workdir / REPORT
+    with path.open("wb") as joined:
+        for each in made:
+            joined.write((workdir / each.part.file(PARTS_REPORT)).read_bytes())
+    return path
+
+
+def _duplicates(splits: Sequence[_Split], indexes: Mapping[str, Index], workdir: Path) -> Duplicates:
+    prints = {}
+    for split in splits:
+        found = np.concatenate([read_prints(workdir / each.part.file(PRINTS), each.samples) for each in split.parts])
+        labels = indexes[split.name]["label"].astype(np.int32)
+        prints[split.name] = Fingerprints(contents=found[:, 0].copy(), hashes=found[:, 1].copy(), labels=labels)
+    return find(prints)
+
+
+def _duplicates_section(
+    found: Duplicates, splits: Sequence[_Split], workdir: Path, data: DataConfig, files: list[StoredFile]
+) -> dict[str, Any]:
+    """Of the manifest; the pairs themselves are in a file of their own, by their numbers in the shards."""
+    lines = "".join(json.dumps(twin._asdict()) + "\n" for twin in found.examples)
+    files.append(_write(workdir / DUPLICATES, lines.encode(), len(found.examples)))
+    removed = int(found.leaking.sum()) if data.remove_leaks else 0
+    return {**found.to_json(), "removed_from_train": removed, "report": DUPLICATES, **_facts(files[-1])}
+
+
+def _notes_of_duplicates(found: Duplicates, data: DataConfig) -> list[str]:
+    notes = []
+    if leaked := sum(found.leaked):
+        what = "were taken out of the training split" if data.remove_leaks else "data.remove_leaks=true takes them out"
+        notes.append(
+            f"{leaked:,} test images are in the training split too, {found.leaked.exact:,} exactly and "
+            f"{found.leaked.near:,} nearly: {int(found.leaking.sum()):,} training images; {what}"
+        )
+    if found.conflicting_labels:
+        notes.append(f"{found.conflicting_labels:,} images are there a second time under another label")
+    return notes
+
+
+def _write(path: Path, content: bytes, samples: int = 0) -> StoredFile:
+    path.write_bytes(content)
+    return StoredFile(path.name, path, len(content), hashlib.sha256(content).hexdigest(), samples)
+
+
+def _stored(path: Path, samples: int) -> StoredFile:
+    return StoredFile(path.name, path, path.stat().st_size, file_sha256(path), samples)
+
+
+def _facts(file: StoredFile) -> dict[str, Any]:
+    return {"key": file.key, "bytes": file.bytes, "sha256": file.sha256}
 
 
 def check_quarantine(manifest: Mapping[str, Any], data: DataConfig, report: Path) -> None:
@@ -428,20 +616,18 @@ def _require_few_refused(
     )
 
 
-def _split_section(result: _SplitResult, classes: int) -> dict[str, Any]:
+def _split_section(split: _Split, index: Index, stored: StoredFile, classes: int) -> dict[str, Any]:
+    counts = np.bincount(index["label"][index["label"] >= 0], minlength=classes).tolist()
     return {
-        "samples": result.samples,
-        "per_class": [result.labels[label] for label in range(classes)] if classes else None,
-        "shape": list(next(iter(result.shapes))) if len(result.shapes) == 1 else None,  # (H, W) if all share it
-        "shards": [
-            {"key": shard.key, "bytes": shard.bytes, "sha256": shard.sha256, "samples": shard.samples}
-            for shard in result.shards
-        ],
-        "index": {"key": result.index.key, "bytes": result.index.bytes, "sha256": result.index.sha256},
+        "samples": len(index),
+        "per_class": counts if classes else None,
+        "shape": list(next(iter(split.shapes))) if len(split.shapes) == 1 else None,  # (H, W) if all share it
+        "shards": [{**_facts(shard), "samples": shard.samples} for shard in split.shards()],
+        "index": _facts(stored),
     }
 
 
-def _statistics(train: _SplitResult) -> dict[str, list[float]]:
+def _statistics(train: _Split) -> dict[str, list[float]]:
     """Per channel, of x / 255, with every image weighing the same; std is at least one grey level."""
     mean, square = train.sums / train.samples
     std = np.sqrt(np.maximum(square - mean**2, 0.0)).clip(min=1 / 255)

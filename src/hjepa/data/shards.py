@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -35,18 +36,26 @@ class StoredFile(NamedTuple):
     sha256: str
     samples: int
 
+    @property
+    def origin(self) -> str:
+        """The name of the file where it is, which for a shard of a part is not yet that in the data set."""
+        return self.path.name
+
 
 class ShardWriter:
-    """Writes the shards of one split one after the other, then its index.
+    """Writes shards one after the other, then their index.
 
     Args:
         folder: Where the files go.
-        split: Prefix of their names.
+        prefix: Of their names.
         shard_bytes: A shard is closed before it would grow beyond this, unless one sample alone does.
+        on_shard: Called with each shard once it is complete; it may take the file away.
     """
 
-    def __init__(self, folder: Path, split: str, *, shard_bytes: int):
-        self.folder, self.split, self.shard_bytes = folder, split, shard_bytes
+    def __init__(
+        self, folder: Path, prefix: str, *, shard_bytes: int, on_shard: Callable[[StoredFile], None] | None = None
+    ):
+        self.folder, self.prefix, self.shard_bytes, self.on_shard = folder, prefix, shard_bytes, on_shard
         self.shards: list[StoredFile] = []
         self._records = bytearray()  # of the index; millions of tuples would take ten times as much
         self._count = 0
@@ -61,15 +70,16 @@ class ShardWriter:
         if self._shard is not None:
             self._shard.file.close()
 
-    def add(self, data: bytes, *, suffix: str, label: int | None, crc32: int) -> None:
-        key = f"{self._count:09d}"
+    def add(self, data: bytes, *, suffix: str, label: int | None, crc32: int, number: int | None = None) -> None:
+        """``number`` names the sample in the tar file; None counts."""
+        key = f"{self._count if number is None else number:09d}"
         members = tar_member(f"{key}.{suffix}", data)
         if label is not None:
             members += tar_member(f"{key}.cls", str(label).encode())
         if self._shard is not None and self._shard.size + len(members) > self.shard_bytes:
             self._close_shard()
         if self._shard is None:
-            self._shard = _OpenShard(self.folder / f"{self.split}-{len(self.shards):06d}.tar")
+            self._shard = _OpenShard(self.folder / f"{self.prefix}-{len(self.shards):06d}.tar")
         offset = self._shard.size + BLOCK
         self._shard.write(members)
         self._shard.samples += 1
@@ -81,7 +91,7 @@ class ShardWriter:
         """Closes the last shard and writes the index, which is returned."""
         if self._shard is not None:
             self._close_shard()
-        path = self.folder / f"{self.split}.index"
+        path = self.folder / f"{self.prefix}.index"
         content = encode_index(np.frombuffer(self._records, dtype=INDEX_DTYPE))
         path.write_bytes(content)
         return StoredFile(path.name, path, len(content), hashlib.sha256(content).hexdigest(), self._count)
@@ -90,6 +100,8 @@ class ShardWriter:
         assert self._shard is not None
         self.shards.append(self._shard.close())
         self._shard = None
+        if self.on_shard is not None:
+            self.on_shard(self.shards[-1])
 
 
 class _OpenShard:
