@@ -14,6 +14,7 @@ from PIL import Image
 from hjepa.config import DataConfig
 from hjepa.data.datasets import DATASETS, check_source, open_source
 from hjepa.data.fashion_mnist import FILES
+from hjepa.data.prepare import QuarantineError, prepare
 from hjepa.data.sources import hold_out
 from hjepa.data.torchvision_sets import OTHER_TASKS, find, names, open_torchvision
 from hjepa.errors import UserError
@@ -268,6 +269,20 @@ def test_torchvision__files_are_taken_as_they_are(tmp_path: Path) -> None:
     assert source.classes == ("Forest", "River")
     assert isinstance(payload, bytes)
     assert payload.startswith(b"\xff\xd8")
+
+
+def test_torchvision__bad_files_are_quarantined_and_above_the_limit_exit_with_2(tmp_path: Path) -> None:
+    names = classed("Forest", "River", count=20)
+    tree(tmp_path / "set" / "eurosat" / "2750", names)
+    for name in names[:3]:
+        (tmp_path / "set" / "eurosat" / "2750" / name).write_text("no picture")
+    data = DataConfig(name="eurosat", root=str(tmp_path / "set"), quarantine_limit=0.1)
+    by_reason = prepare(open_source(data), data, tmp_path / "out").manifest["quarantine"]["by_reason"]
+    assert by_reason == {"not-an-image": 3}
+    strict = data.model_copy(update={"quarantine_limit": 0.05})
+    with pytest.raises(QuarantineError, match=r"3 of 40 files \(7\.5%\)") as caught:
+        prepare(open_source(strict), strict, tmp_path / "strict")
+    assert (caught.value.exit_code, len(caught.value.report.read_text().splitlines())) == (2, 3)
 
 
 def idx(path: Path, array: np.ndarray) -> None:

@@ -318,7 +318,7 @@ def run(options: argparse.Namespace) -> int:
 
     config = _config(options)
     # Again in the first step, but a misspelt name should not have to wait for servers.
-    if config.data.root is not None and config.data.root.startswith("s3://"):
+    if any(place is not None and place.startswith("s3://") for place in (config.data.root, config.data.image_root)):
         require_known(config.data.name)  # its server may be the one that is about to be started
     else:
         check_source(config.data)

@@ -1,4 +1,4 @@
-"""From an image folder or a torchvision data set to batches."""
+"""From an image folder, a table, tar shards or a torchvision data set to batches."""
 
 from __future__ import annotations
 

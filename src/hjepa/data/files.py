@@ -64,7 +64,10 @@ class Files(Protocol):
         """The files of a sub-folder."""
 
     def inside(self, path: str) -> str | None:
-        """The name of the file that a path means, absolute or not; None if it would leave the folder."""
+        """The name of the file that a path means, absolute or not; None if it would leave the folder.
+
+        Links are followed wherever they lead: who made the folder made them.
+        """
 
     def missing(self, names: Sequence[str]) -> list[str]:
         """Those of these files that do not exist."""
@@ -182,10 +185,10 @@ class ObjectFiles:
         return self._seen.get(self.prefix + name, (-1, ""))
 
     def hash_states(self, names: Sequence[str]) -> str:
-        """By a listing of the folder that they share, of which only their own lines count."""
+        """By a listing of the keys that start as all of them do, of which only their own lines count."""
         wanted = np.sort(name_keys(names)[:, 0])
         hasher = hashlib.sha256()
-        for item in self.store.list(self.prefix + _shared_start(names)):
+        for item in self.store.list(self.prefix + _shared_start(names)) if len(names) else ():
             key = name_keys([item.key.removeprefix(self.prefix)])[0, 0]
             place = int(np.searchsorted(wanted, key))
             if place < len(wanted) and wanted[place] == key:
