@@ -57,8 +57,8 @@ images: ## Build the container images; print their sizes and packages. images/bu
 e2e-docker: $(INSTALLED) ## Run the pipeline with each step in its image (make images first), as any user on read-only roots.
 	@"$(BIN)/python" -m pytest -m docker -s tests/test_e2e_docker.py $(ARGS)
 
-bench: $(INSTALLED) ## Measure a training step, masks, checkpoints, logging and the loader on this machine.
-	@for part in step checkpoint logging loader; do "$(BIN)/python" -m benchmarks.$$part; done
+bench: $(INSTALLED) ## Measure a training step, masks, checkpoints, logging, decoding, data preparation and the loader.
+	@for part in step checkpoint logging data loader; do "$(BIN)/python" -m benchmarks.$$part; done
 
 bench-gpu: $(INSTALLED) ## Measure training steps on this machine's NVIDIA GPU.
 	@"$(BIN)/python" -m benchmarks.gpu $(ARGS)

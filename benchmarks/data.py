@@ -306,12 +306,16 @@ from hjepa.data.prepare import prepare
 
 data, folder = DataConfig(**json.loads(sys.argv[1])), Path(sys.argv[2])
 source = open_source(data)
-start = time.perf_counter()
+
+def times():
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return time.perf_counter(), sum(use.ru_utime + use.ru_stime for use in used)
+
+before = times()
 manifest = prepare(source, data, folder).manifest
-seconds = time.perf_counter() - start
+seconds, cpu_seconds = (after - then for after, then in zip(times(), before))
 (folder / "dataset.json").write_text(json.dumps(manifest))
-used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-print(json.dumps({"seconds": seconds, "cpu_seconds": sum(use.ru_utime + use.ru_stime for use in used)}))
+print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds}))
 """
 
 

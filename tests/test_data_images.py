@@ -360,6 +360,7 @@ BAD_FILES = {
     "empty": (b"", "empty"),
     "text": (b"this is no image\n", "not-an-image"),
     "half a JPEG": (encode(photo(), "JPEG")[:600], "truncated"),
+    "JPEG that lacks its last rows": (encode(photo(300, 400), "JPEG")[:-2000], "truncated"),
     "half a PNG": (encode(photo(), "PNG")[:1000], "truncated"),
     "only a PNG signature": (b"\x89PNG\r\n\x1a\n", "not-an-image"),
     "PostScript, which needs an interpreter": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not-an-image"),

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import io
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -72,6 +77,35 @@ def test_train_view__depends_on_seed_epoch_and_sample_alone() -> None:
     assert torch.equal(view(0, 1, 2), view(0, 1, 2))
     others = [view(1, 1, 2), view(0, 2, 2), view(0, 1, 3)]
     assert not any(torch.equal(view(0, 1, 2), other) for other in others)
+
+
+VIEWS = """
+import hashlib, sys
+import torch
+from hjepa.data.transforms import decode_image, train_view, view_rng
+
+image = decode_image(sys.stdin.buffer.read(), 3)
+hasher = hashlib.sha256()
+for i in range(20):
+    rng = view_rng(0, 0, i)
+    view = train_view(image, image_size=96, crop_scale=(0.1, 1.0), horizontal_flip=True, rng=rng)
+    hasher.update(view.contiguous().numpy().data)
+print(torch.backends.cpu.get_cpu_capability(), hasher.hexdigest())
+"""
+
+
+def test_train_view__does_not_depend_on_the_cpu() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(photo(150, 200).permute(1, 2, 0).numpy()).save(buffer, "JPEG")
+    found = {}
+    for vectors, plain_jpeg in (("default", "1"), ("avx2", "")):
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": vectors, "JSIMD_FORCENONE": plain_jpeg}
+        command = [sys.executable, "-c", VIEWS]
+        output = subprocess.run(command, input=buffer.getvalue(), env=environment, capture_output=True, check=True)
+        capability, digest = output.stdout.decode().split()
+        found[capability] = digest
+    assert "DEFAULT" in found
+    assert len(set(found.values())) == 1
 
 
 def test_train_view__flips_half_of_the_images() -> None:

@@ -406,8 +406,8 @@ class TrainLoader:
             flipped = torch.tensor([rng is not None and flips(rng) for rng in rngs], dtype=torch.bool)
             return torch.where(flipped[:, None, None, None], views.flip(-1), views) if flipped.any() else views
         views = torch.empty((len(samples), self.channels, self.image_size, self.image_size), dtype=torch.uint8)
-        if self.num_workers:
-            views.share_memory_()  # now and not when it is sent, which would copy all of it
+        if torch.utils.data.get_worker_info() is not None:
+            views.share_memory_()  # type: ignore[no-untyped-call]  # now: when it is sent, all of it would be copied
         # In random order a first batch is all over the set, so that its blocks are nearly the whole of it.
         sparse = self._windows is None or self._batches_made < PREFETCHED_BATCHES
         self._batches_made += 1
