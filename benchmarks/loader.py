@@ -207,7 +207,7 @@ def fed(listed: Listed, way: str, size: Size, arguments: argparse.Namespace, fol
 
         def with_io(round_: int = round_) -> float:
             nonlocal name
-            with tempfile.TemporaryDirectory(dir=folder) as cache:
+            with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as cache:
                 if way == "cached":
                     dataset = listed.open_cached(Path(cache))
                 else:
@@ -241,7 +241,7 @@ def fed(listed: Listed, way: str, size: Size, arguments: argparse.Namespace, fol
 
 
 def first_batch(listed: Listed, order: str, size: Size, workers: int, folder: Path) -> float:
-    with tempfile.TemporaryDirectory(dir=folder) as cache:
+    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as cache:
         start = time.perf_counter()
         dataset = listed.open(Path(cache), int(ORDERS[order] * listed.bytes))
         batches = train_loader(dataset, size.first_batch, workers).batches(0, 1000)
