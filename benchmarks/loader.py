@@ -12,10 +12,11 @@ traffic, but the server has the shards in its page cache.
 
 ``fed``: images/s from the first batch to the last, and of the same consumer with the same images as local files, which
 is the rate without I/O. Both take turns within a round. Three ways: ``windows``, where the cache holds a fifth of the
-set and is empty when a round starts; ``random``, where it would hold all of the set and is as empty, the worst case,
-which lasts until the set has been fetched once; and ``cached``, where it holds all of a set, as in later epochs.
-``first_batch_seconds`` is the time from opening the set, the index included, to its first batch of 256. ``reader``: CPU
-microseconds to read one encoded sample, at random, that is in the cache, and of a plain read of the local shard.
+set and is empty when a round starts, timed once the first blocks have been read ahead; ``random``, where it would hold
+all of the set and is as empty, the worst case, which lasts until the set has been fetched once; and ``cached``, where
+it holds all of a set, as in later epochs. ``first_batch_seconds`` is the time from opening the set, the index included,
+to its first batch of 256. ``reader``: CPU microseconds to read one encoded sample, at random, that is in the cache, and
+of a plain read of the local shard.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,11 +174,16 @@ def train_loader(dataset: ShardDataset, batch_size: int, workers: int) -> TrainL
     )
 
 
-def consume(loader: TrainLoader, steps: int, rate: float) -> float:
-    """Images/s of a consumer that could take ``rate``, from the first batch to the last."""
+def consume(loader: TrainLoader, steps: int, rate: float, settled: Callable[[], None] = lambda: None) -> float:
+    """Images/s of a consumer that could take ``rate``, from the first batch to the last.
+
+    Args:
+        settled: Returns when the time may start.
+    """
     pause = loader.batch_size / rate
     batches = loader.batches(0, steps + 1)
     next(batches)
+    settled()
     start = time.perf_counter()
     due = start
     for _ in range(steps):
@@ -186,20 +193,29 @@ def consume(loader: TrainLoader, steps: int, rate: float) -> float:
     return steps * loader.batch_size / (time.perf_counter() - start)
 
 
+def wait_for_quiet(folder: Path) -> None:
+    """Until nothing has been added to a cache for two seconds."""
+    before, now = -1, 0
+    while now != before:
+        time.sleep(2)
+        before, now = now, len(os.listdir(folder))
+
+
 def fed(listed: Listed, way: str, size: Size, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     pairs, fetched, name = [], [], ""
     for round_ in range(arguments.rounds):
 
         def with_io(round_: int = round_) -> float:
             nonlocal name
-            with tempfile.TemporaryDirectory(dir=folder) as cache:
+            with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as cache:
                 if way == "cached":
                     dataset = listed.open_cached(Path(cache))
                 else:
                     dataset = listed.open(Path(cache), int(ORDERS[way] * listed.bytes))
                 loader = train_loader(dataset, size.batch, arguments.workers)
                 name, before = loader.order, listed.fetched
-                rate = consume(loader, arguments.steps, arguments.rate)
+                settled = partial(wait_for_quiet, Path(cache)) if way == "windows" else lambda: None
+                rate = consume(loader, arguments.steps, arguments.rate, settled)
                 fetched.append(listed.fetched - before)
             return rate
 
@@ -225,7 +241,7 @@ def fed(listed: Listed, way: str, size: Size, arguments: argparse.Namespace, fol
 
 
 def first_batch(listed: Listed, order: str, size: Size, workers: int, folder: Path) -> float:
-    with tempfile.TemporaryDirectory(dir=folder) as cache:
+    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as cache:
         start = time.perf_counter()
         dataset = listed.open(Path(cache), int(ORDERS[order] * listed.bytes))
         batches = train_loader(dataset, size.first_batch, workers).batches(0, 1000)

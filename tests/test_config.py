@@ -121,6 +121,13 @@ def test_file__is_read_by_path(tmp_path: Path) -> None:
     assert load_config(str(path)).training.lr == 1e-3
 
 
+def test_cache__needs_room_for_some_blocks() -> None:
+    assert problems("data: {cache_gb: 0.1}") == [
+        "data.cache_gb and data.block_mb: a cache of 0.1 GB holds 12 blocks of 8 MB, and needs 16"
+    ]
+    assert load_config("data: {cache_gb: 0.1, block_mb: 6}").data.block_mb == 6
+
+
 # -- overrides -------------------------------------------------------------------------------------------------------
 
 

@@ -304,9 +304,13 @@ def test_restore__brings_back_the_random_state(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), saved)
 
 
-def with_digest(digest: str, count: int = 64) -> Images:
+WINDOWS = "random in windows of 2 blocks of 8 MB"
+
+
+def with_digest(digest: str, count: int = 64, order: str = "random") -> Images:
     loader = Images(count=count)
     loader.digest = digest  # type: ignore[attr-defined]
+    loader.order = order  # type: ignore[attr-defined]
     return loader
 
 
@@ -328,6 +332,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["model.ema.momentum=0.8"], with_digest("a1"), "model.ema.momentum: 0.9 there, 0.8 here"),
         (["masking.num_targets=3"], with_digest("a1"), "masking.num_targets: 2 there, 3 here"),
         (["seed=1"], with_digest("a1"), "seed: "),
+        ([], with_digest("a1", order=WINDOWS), f"order of the images: random there, {WINDOWS} here"),
     ],
 )
 def test_resume__is_refused_where_the_next_step_would_be_another(
@@ -351,12 +356,23 @@ def test_resume__is_refused_where_the_next_step_would_be_another(
         ["training.use_amp=false"],
         ["training.amp_dtype=bfloat16"],
         ["training.parallel=fsdp"],
+        ["data.cache_gb=1", "data.block_mb=4", "data.window_mb=100"],
         ["data.num_workers=0", "logging.log_frequency=7", "checkpoint.save_frequency=5", "checkpoint.keep_best_n=1"],
     ],
 )
 def test_resume__elsewhere_and_at_another_speed_is_accepted(trained: Path, tmp_path: Path, settings: list[str]) -> None:
     trainer, _ = build(tmp_path, *settings, loader=with_digest("a1"), resume_checkpoint=trained / LATEST)
     assert trainer.train().step == ALL
+
+
+def test_resume__checkpoint_of_before_the_windows_has_random_order(tmp_path: Path) -> None:
+    trainer, _ = build(tmp_path, loader=with_digest("a1"))
+    past = {key: value for key, value in trainer.lineage.items() if key != "order of the images"}
+    assert len(past) == len(trainer.lineage) - 1
+    trainer._require_same_lineage(tmp_path, past)
+    trainer, _ = build(tmp_path, loader=with_digest("a1", order=WINDOWS))
+    with pytest.raises(UserError, match="order of the images: random there"):
+        trainer._require_same_lineage(tmp_path, past)
 
 
 # -- reading late ----------------------------------------------------------------------------------------------------
