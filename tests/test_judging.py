@@ -183,8 +183,13 @@ def test_errors__stand_where_the_prediction_misses(
 def test_errors__of_few_images_reach_every_cell_and_are_the_same_again(of: Judge) -> None:
     torch.manual_seed(0)
     model = HJEPAModel(CONFIG)
+    given: list[Tensor] = []
+    model.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
     first, again = of.errors(model), of.errors(copy.deepcopy(model))
     assert all(np.isfinite(level).all() and (level > 0).all() for level in first)
+    pixels = torch.cat(given[: len(given) // 2])
+    _, times = pixels.flatten(1).unique(dim=0, return_counts=True)
+    assert (len(times), int(times.min()), int(times.max())) == (40, 512 // 40, 512 // 40 + 1)
     assert all((a == b).all() for a, b in zip(first, again, strict=True))
 
 

@@ -22,7 +22,7 @@ from hjepa.export import ExportedEncoder, untrained_encoder
 from hjepa.masks import MultiBlockMasking
 from hjepa.models import HJEPAModel, MaskTensors
 from hjepa.report import Neighbours, Pictures, Report, figures, read_journal, render, tables
-from hjepa.report.charts import Axis, Interval, axis, thinned
+from hjepa.report.charts import Axis, Interval, axis, heat_grid, thinned
 from hjepa.report.document import by_metric
 from hjepa.report.pictures import embedding_map, nearest, pca_maps, position_errors
 from hjepa.utils.pictures import as_pictures, mask_picture
@@ -394,6 +394,18 @@ def test_axis__ticks_are_round_and_inside() -> None:
     assert Axis(0.01, 1, 0, 100, log=True)(0.1) == pytest.approx(50)
     assert axis([3.0, 3.0], 0, 1).ticks()
     assert axis([0.05, 0.3], 0, 1, log=True).ticks() == pytest.approx([0.05, 0.1, 0.2])
+
+
+def test_heat_grid__nearly_equal_errors_look_so() -> None:
+    document = heat_grid("errors", np.array([[0.035, 0.037], [np.nan, 0.0]]))
+    assert re.findall(r'class="(\w+)"[^>]*fill-opacity="([\d.]+)"', document) == [
+        ("cell", "0.95"),
+        ("cell", "1.00"),
+        ("unseen", "1.00"),
+        ("cell", "0.00"),
+    ]
+    assert "nan" not in heat_grid("none", np.full((2, 2), np.nan))
+    assert heat_grid("zero", np.zeros((2, 2))).count('fill-opacity="0.00"') == 4
 
 
 def test_thinned__keeps_the_ends() -> None:

@@ -221,6 +221,16 @@ def test_render__a_branch_that_failed_is_shown_and_last(three: Sweep) -> None:
         assert words in page.text, words
 
 
+def test_render__a_number_that_is_none_spoils_no_column(three: Sweep) -> None:
+    for one in three.branches:
+        read = one.evaluation["table"][2]
+        read |= {"knn_top1_low": read["knn_top1"] - 0.02, "knn_top1_high": read["knn_top1"] + 0.02}
+    three.branches[1].evaluation["table"][2] |= dict.fromkeys(("knn_top1", "knn_top1_low", "knn_top1_high"), math.nan)
+    document = render_sweep(three)
+    check(Page(document), document)
+    assert '<td class="n best"><b>69.00</b>' in document  # of the second
+
+
 def test_render__no_branch_measured_anything() -> None:
     bare = replace(branch("a", 0.5), evaluation={}, checkpoint={}, curves=(), links={}, settings={})
     document = render_sweep(replace(sweep([bare], "a"), config="", reproduce="", links={}))

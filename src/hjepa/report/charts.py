@@ -256,18 +256,21 @@ def bar(item: Interval, low: float, high: float, *, zero: bool = False) -> Marku
 
 
 def heat_grid(title: str, values: NDArray[Any]) -> Markup:
-    """(rows, columns) as squares, the largest value darkest; NaN stays empty."""
+    """(rows, columns) as squares, from no colour at 0 to the full one of the largest value; NaN stays empty.
+
+    From 0, not from the smallest value: values that are nearly equal look so.
+    """
     rows, columns = values.shape
     finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    high = (float(finite.max()) if finite.size else 0.0) or 1.0
     side = 240 / columns
     parts = []
     for (row, column), value in np.ndenumerate(values):
         square = '<rect class="{}" x="{:.2f}" y="{:.2f}" width="{:.2f}" height="{:.2f}" fill-opacity="{:.2f}"/>'
-        share = (float(value) - low) / (high - low or 1.0) if math.isfinite(value) else 1.0
+        share = float(value) / high if math.isfinite(value) else 1.0
         name = "cell" if math.isfinite(value) else "unseen"
         at = (column * side + 0.5, row * side + 0.5, side - 1, side - 1)
-        parts.append(Markup(square).format(name, *at, 0.06 + 0.94 * share))
+        parts.append(Markup(square).format(name, *at, share))
     return _figure(title, parts, width=240, height=round(side * rows))
 
 
