@@ -105,7 +105,7 @@ def test_render__says_what_won_by_how_much_and_whether_that_is_noise(three: Swee
         "The paired 95 % interval of this difference is −1.20 to +3.20: it is within the noise",
         "One branch is not told apart from the best by these images: 3e-3.",
         "The best of 3 on the same test images is an optimistic number",
-        "the gate asks for an interval that is the stricter, the more branches were compared",
+        "the intervals of differences are the wider, the more branches were compared (95 % here)",
         "+6.00",
         "+3.00 to +9.00",
         "60,032",

@@ -622,6 +622,7 @@ def _sweep_page(
 ) -> str:
     from hjepa.report.sweep import Branch, Sweep, render_sweep
 
+    sets = yaml.safe_dump({item["name"]: item["set"] for item in content["branches"]}, sort_keys=False)
     branches, differences = [], {}
     for planned, row in zip(content["branches"], comparison["branches"], strict=True):
         name = planned["name"]
@@ -650,7 +651,8 @@ def _sweep_page(
             comparisons=differences,
             config=dump_yaml(parent.config),
             links={"MLflow, side by side": comparison["compare_url"], "report": comparison["report"]},
-            reproduce="hjepa run --config FILE --sweep SETS  # FILE and SETS: as below",
+            reproduce="hjepa run --config FILE --sweep SETS  # FILE: the configuration below, SETS:\n\n" + sets,
+            confidence=comparison["confidence"],
         )
     )
 

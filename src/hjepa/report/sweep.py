@@ -58,6 +58,7 @@ class Sweep:
     config: str  # the configuration that the branches share, as YAML
     links: Mapping[str, str] = field(default_factory=dict)
     reproduce: str = ""  # the command
+    confidence: float = 0.95  # of the intervals in ``comparisons``
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ def render_sweep(sweep: Sweep) -> str:
     ranked = ranking(sweep)
     evaluation = _evaluation(ranked)
     collapsed = ranked[0].branch.evaluation.get("collapse", "")
+    confidence = f"{100 * sweep.confidence:.4g} %"
     return fill(
         "sweep.html.j2",
         {
@@ -117,7 +119,8 @@ def render_sweep(sweep: Sweep) -> str:
             "sweep": sweep,
             "ranked": ranked,
             "primary": _primary(ranked, evaluation),
-            "lead": in_words(ranked, evaluation, sweep.dataset),
+            "lead": in_words(ranked, evaluation, sweep.dataset, confidence),
+            "confidence": confidence,
             "collapsed": collapsed,
             "table": _table(ranked, evaluation),
             "legend": [(item.number, item.name) for item in ranked],
@@ -171,7 +174,7 @@ def _primary(ranked: Sequence[Ranked], evaluation: Json) -> View | None:
 # -- in words --------------------------------------------------------------------------------------------------------
 
 
-def in_words(ranked: Sequence[Ranked], evaluation: Json, dataset: Json) -> list[str]:
+def in_words(ranked: Sequence[Ranked], evaluation: Json, dataset: Json, confidence: str = "95 %") -> list[str]:
     """Which setting is best, by how much, and how far that can be believed."""
     best, *others = ranked
     if not best.measured:
@@ -185,7 +188,7 @@ def in_words(ranked: Sequence[Ranked], evaluation: Json, dataset: Json) -> list[
     )
     text += f"on {where} its {label} is {_value(name, best.score.value)}"
     second = next((item for item in others if item.measured and item.score.value <= best.score.value), None)
-    sentences = [f"{text}{_lead(name, best, second)}"]
+    sentences = [f"{text}{_lead(name, best, second, confidence)}"]
     if not tables.is_score(name):
         sentences.append("No label was used, so a larger value is not known to be a better encoder.")
     for item in others:
@@ -200,13 +203,13 @@ def in_words(ranked: Sequence[Ranked], evaluation: Json, dataset: Json) -> list[
     if others:
         sentences.append(
             f"The best of {len(ranked)} on the same test images is an optimistic number: among equals luck decides who "
-            "comes first, and that luck is counted in. So the gate asks for an interval that is the stricter, the more "
-            "branches were compared, before the best becomes the champion."
+            "comes first, and that luck is counted in. So the intervals of differences are the wider, the more "
+            f"branches were compared ({confidence} here), and so is the one that the gate asks for."
         )
     return sentences
 
 
-def _lead(name: str, best: Ranked, second: Ranked | None) -> str:
+def _lead(name: str, best: Ranked, second: Ranked | None, confidence: str) -> str:
     if second is None:
         return "."
     gap = best.score.value - second.score.value
@@ -215,7 +218,7 @@ def _lead(name: str, best: Ranked, second: Ranked | None) -> str:
     if second.interval is None:
         return f"{text}. The two were not compared image by image, so nothing says whether that is noise."
     ends = tables.signed_ends(name, second.interval)
-    text += f". The paired 95\N{NO-BREAK SPACE}% interval of this difference is {ends}: "
+    text += f". The paired {confidence} interval of this difference is {ends}: "
     if second.told_apart:
         return f"{text}it is outside the noise."
     return f"{text}it is within the noise, and other test images could well turn the order round."
