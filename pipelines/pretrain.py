@@ -17,7 +17,9 @@ from components.compare_branches import compare_branches
 from components.evaluate import evaluate
 from components.export_checkpoint import export_checkpoint
 from components.launch_training import launch_training
+from components.plan_preparation import plan_preparation
 from components.prepare_data import prepare_data
+from components.prepare_parts import prepare_parts
 from components.register_model import register_model
 from components.report import report
 from components.resolve_branch import resolve_branch
@@ -242,10 +244,70 @@ def pretrain_sweep(place: Placement) -> Any:
     return pipeline
 
 
+def prepare(place: Placement) -> Any:
+    """The pipeline that prepares a data set on several pods, and nothing else."""
+
+    @dsl.pipeline(name="hjepa-prepare")
+    def pipeline(
+        config: str = "default",
+        overrides: list[str] = [],  # noqa: B006 - KFP reads the default, nothing changes it
+        data_name: str = "",
+        data_root: str = "",
+        storage_uri: str = "",
+        storage_endpoint_url: str = "",
+        tracking_uri: str = "",
+        run: str = "",
+        pods: int = 8,
+        profile: str = place.text,
+        pipeline_ui: str = "",
+    ) -> None:
+        """From raw images to shards, on many pods; a pretraining pipeline of the same images then finds them done.
+
+        Args:
+            config: Name of a packaged configuration, or YAML text.
+            overrides: Settings in the form section.key=value, such as data.short_side=256; later ones win.
+            data_name: Data set to use; empty keeps what the configuration says.
+            data_root: Where its images are; empty keeps what the configuration says.
+            storage_uri: Bucket and prefix for everything that is stored; empty keeps what the configuration says.
+            storage_endpoint_url: S3 endpoint; empty keeps what the configuration says.
+            tracking_uri: MLflow server; empty keeps what the configuration says.
+            run: Name of the run; a name used before resumes that run. Empty takes the id of the KFP run.
+            pods: How many pods share the work; each makes parts of data.part_images images.
+            profile: The cluster's profile as YAML, a section cluster alone; overrides outrank it.
+            pipeline_ui: Address of the KFP UI, for the link from the MLflow run; empty writes none.
+        """
+        where = {
+            "storage_uri": storage_uri,
+            "storage_endpoint_url": storage_endpoint_url,
+            "tracking_uri": tracking_uri,
+            "profile": profile,
+        }
+        what = {"config": config, "overrides": overrides, "run": run}
+        reported = report(**what, **where, job=JOB)
+        place.everywhere(reported, timeout_seconds=HOUR // 4)
+        with dsl.ExitHandler(reported):
+            resolved = resolve_config(
+                **what, **where, data_name=data_name, data_root=data_root, pipeline_ui=pipeline_ui, job=JOB
+            )
+            place.everywhere(resolved, timeout_seconds=HOUR // 4, retries=0)
+            resolved_run = resolved.outputs["resolved"]
+            planned = plan_preparation(resolved=resolved_run, pods=pods)
+            place.everywhere(planned, timeout_seconds=HOUR, retries=2)
+            place.reads_source(planned)
+            with dsl.ParallelFor(planned.output) as pod:
+                made = prepare_parts(resolved=resolved_run, pod=pod, pods=pods)
+                place.everywhere(made, timeout_seconds=DAY)
+                place.reads_source(made)
+            _prepare(place, resolved_run, pods=dsl.Collected(made.output))
+
+    return pipeline
+
+
 PIPELINES: dict[str, Callable[[Placement], Any]] = {
     "pretrain": pretrain,
     "pretrain-distributed": pretrain_distributed,
     "pretrain-sweep": pretrain_sweep,
+    "prepare": prepare,
 }
 
 
@@ -272,8 +334,8 @@ def _steps(
         _register(place, resolved_run, exported.output, evaluated.outputs["evaluation"])
 
 
-def _prepare(place: Placement, resolved: Any) -> dsl.PipelineTask:
-    prepared = prepare_data(resolved=resolved)
+def _prepare(place: Placement, resolved: Any, **waits_for: Any) -> dsl.PipelineTask:
+    prepared = prepare_data(resolved=resolved, **waits_for)
     place.everywhere(prepared, timeout_seconds=DAY)
     place.reads_source(prepared)
     place.loads_images(prepared)

@@ -30,7 +30,7 @@ from hjepa.utils.logging import say
 DESCRIPTION = "Self-supervised image pretraining with a hierarchical JEPA, from raw images to a registered encoder."
 INTERRUPTED = 130
 TERMINATED = 143
-PIPELINES = ("pretrain", "pretrain-distributed", "pretrain-sweep")
+PIPELINES = ("pretrain", "pretrain-distributed", "pretrain-sweep", "prepare")
 SWEEP = PIPELINES[2]
 
 

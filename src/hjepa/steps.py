@@ -1556,6 +1556,9 @@ def report(
     """
     if state == "SUCCEEDED":
         text = f"run {run}: succeeded"
+        opened = _opened(_load(config, overrides, settings, profile), run)
+        if opened is not None:  # a pipeline without a registration leaves its row open
+            opened.tracker.finish()
     else:
         try:
             tree = _load(config, overrides, settings, profile)
