@@ -28,6 +28,11 @@ STEPS = {
     "evaluate": "evaluate",
     "register_model": "tools",
     "report": "tools",
+    "resolve_sweep": "tools",
+    "resolve_branch": "tools",
+    "compare_branches": "evaluate",
+    "plan_preparation": "prepare-data",
+    "prepare_parts": "prepare-data",
 }
 
 
