@@ -40,7 +40,6 @@ from hjepa.data.shards import Index, ShardWriter, StoredFile, encode_index, read
 from hjepa.data.sources import MIN_TRAIN_IMAGES, Source, Split, require_train_images
 from hjepa.data.workers import begin
 from hjepa.errors import HjepaError, UserError
-from hjepa.utils.files import file_sha256
 
 FORMAT = 3  # raised when the same images would give other shards
 REPORT = "quarantine.jsonl"
@@ -326,7 +325,7 @@ def _prepare_part(
         reasons=reasons,
         examples=examples,
         thumbnails=thumbnails,
-        sidecars={kind: file_sha256(workdir / part.file(kind)) for kind in SIDECARS},
+        sidecars={kind: _sha256(workdir / part.file(kind)) for kind in SIDECARS},
     )
 
 
@@ -581,8 +580,13 @@ def _write(path: Path, content: bytes, samples: int = 0) -> StoredFile:
     return StoredFile(path.name, path, len(content), hashlib.sha256(content).hexdigest(), samples)
 
 
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _stored(path: Path, samples: int) -> StoredFile:
-    return StoredFile(path.name, path, path.stat().st_size, file_sha256(path), samples)
+    return StoredFile(path.name, path, path.stat().st_size, _sha256(path), samples)
 
 
 def _facts(file: StoredFile) -> dict[str, Any]:
