@@ -458,3 +458,14 @@ def test_fashion__a_damaged_folder_of_the_users_is_noticed(cache: Path) -> None:
     damage(cache / FILES[0])
     with pytest.raises(UserError, match=f"cannot read .*{FILES[0]}"):
         open_source(data)
+
+
+def test_image_folder__a_cache_inside_it_holds_no_images_of_the_user(tmp_path: Path) -> None:
+    for name in ("cat", "dog", "cache/prepared/x"):
+        (tmp_path / name).mkdir(parents=True)
+        for i in range(8):
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / name / f"{i}.png")
+    data = DataConfig(name="image-folder", root=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    source = open_source(data)
+    assert source.classes == ("cat", "dog")
+    assert sum(len(split) for split in source.splits.values()) == 16

@@ -90,7 +90,8 @@ def test_sweep__three_settings_meet_in_one_report_and_one_decision(home: Path) -
     page = artifact(home, "compare-branches", "report")
     assert all(name in page for name in rows)
 
-    client = MlflowClient(Stack(home).environment()["MLFLOW_TRACKING_URI"])
+    server = Stack(home).environment()["MLFLOW_TRACKING_URI"]
+    client = MlflowClient(server, registry_uri=server)
     (version,) = client.search_model_versions("name = 'swept'")
     winner = client.get_run(comparison["mlflow_runs"][comparison["best"]])
     assert version.run_id == winner.info.run_id

@@ -1558,7 +1558,7 @@ def report(
         text = f"run {run}: succeeded"
         opened = _opened(_load(config, overrides, settings, profile), run)
         if opened is not None:  # a pipeline without a registration leaves its row open
-            opened.tracker.finish()
+            opened.tracker.finish_if_running()
     else:
         try:
             tree = _load(config, overrides, settings, profile)

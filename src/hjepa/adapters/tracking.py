@@ -269,6 +269,15 @@ class Tracker:
     def finish(self, status: RunStatus = "FINISHED") -> bool:
         return self._attempt(f"mark the run {status}", lambda: self.client.set_terminated(self.run_id, status=status))
 
+    def finish_if_running(self) -> bool:
+        """Mark the run as finished, unless it has ended already."""
+
+        def write() -> None:
+            if self.client.get_run(self.run_id).info.status == "RUNNING":
+                self.client.set_terminated(self.run_id, status="FINISHED")
+
+        return self._attempt("mark the run FINISHED", write)
+
     def _attempt(self, action: str, write: Callable[[], object], *, timeout_seconds: int = 10) -> bool:
         if time.monotonic() < self._silent_until:
             log.warning("MLflow at %s did not answer a moment ago; did not try to %s", self.uri, action)

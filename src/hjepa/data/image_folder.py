@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from hjepa.config import DataConfig
-from hjepa.data.files import Files, OpenStore, open_folder
+from hjepa.data.files import Files, LocalFiles, OpenStore, open_folder
 from hjepa.data.plausibility import check_samples
 from hjepa.data.sources import Payload, Source, Split, hold_out, hold_out_note, scattered, slug
 from hjepa.errors import UserError
@@ -70,7 +70,7 @@ def open_image_folder(data: DataConfig, open_store: OpenStore | None = None) -> 
         raise UserError("data.name=image-folder needs data.root: the folder that holds the images.")
     root = open_folder(data.root, open_store, key="data.root", holds="the folder of images")
     unreadable: list[str] = []
-    listing = _grouped(root.names(unreadable))
+    listing = _grouped(_without_cache(root, root.names(unreadable), data))
     notes = [f"{path} cannot be listed and was left out" for path in unreadable]
     if listing.others:
         notes.append(f"{listing.others} files are not named like images and were left out")
@@ -103,6 +103,14 @@ def _grouped(names: Iterable[str]) -> _Listing:
         else:
             others += 1
     return _Listing(groups, others)
+
+
+def _without_cache(root: Files, names: Iterable[str], data: DataConfig) -> Iterator[str]:
+    """The names but for those in ``data.cache_dir``, whose contact sheets are no images of the user's."""
+    cache = None
+    if isinstance(root, LocalFiles):
+        cache = root.inside(os.path.abspath(os.path.expanduser(data.cache_dir)))
+    return (name for name in names if cache is None or not name.startswith(f"{cache}/"))
 
 
 def _part(listing: _Listing, folder: str) -> _Listing:

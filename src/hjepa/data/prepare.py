@@ -207,6 +207,7 @@ def prepare_parts(
         results = _in_order(pool, source, wanted, in_flight=3 * workers)
         told: dict[str, _Told] = {split: _Told(split, totals[split], progress) for split in source.splits}
         for part, chunks in itertools.groupby(results, key=lambda item: item[0]):
+            told[part.split].begin()
             yield _prepare_part(part, (chunk for _, chunk in chunks), data, workdir, told[part.split], on_shard)
     except BrokenProcessPool:
         raise HjepaError(
@@ -252,9 +253,13 @@ class _Told:
         self.done = self.quarantined = self.stored = 0
         self._start = self._reported = 0.0
 
+    def begin(self) -> None:
+        """A part of the split is about to be told of; the first one starts the clock."""
+        if not self._start:
+            self._start = self._reported = time.monotonic()
+
     def add(self, done: int, quarantined: int, stored: int) -> None:
         now = time.monotonic()
-        self._start = self._start or now
         self.done, self.quarantined, self.stored = (
             self.done + done,
             self.quarantined + quarantined,
