@@ -21,13 +21,16 @@ from hjepa.evaluation import (
     Tokens,
     attentive,
     evaluate_tokens,
+    extract,
     label_free,
     linear,
     low_shot,
     pixel_pca,
+    read_tokens,
     retrieval,
 )
 from hjepa.evaluation.outcome import stratified
+from hjepa.export import untrained_encoder
 from hjepa.models.hjepa import merge_cells
 from hjepa.utils.bootstrap import intervals, paired_difference
 
@@ -150,6 +153,20 @@ def test_attentive__heads_must_divide_the_embedding() -> None:
 
 
 # -- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def test_read_tokens__gives_the_features_that_extract_gives() -> None:
+    config = load_config("demo", ["model.depth=1", "model.embed_dim=16", "model.num_heads=2"])
+    encoder = untrained_encoder(config, mean=[0.3], std=[0.3])
+    images = torch.randint(0, 256, (70, 1, 28, 28), generator=torch.Generator().manual_seed(0))
+    batches = [(part.to(torch.uint8), torch.arange(len(part))) for part in images.split(32)]
+    tokens = read_tokens(encoder, lambda: batches, config=EvaluationConfig(), device="cpu")
+    expected = extract(encoder, batches, "cpu")
+    assert tokens.features is not None
+    assert list(tokens.features.tables) == list(expected.tables)
+    for level, table in expected.tables.items():
+        assert torch.equal(tokens.features.tables[level], table)
+    assert torch.equal(tokens.features.labels, expected.labels)
 
 
 def test_tokens__computed_anew_give_what_cached_ones_give() -> None:

@@ -71,18 +71,20 @@ class Judge:
         """The rows of one encoder, and its features."""
         config, device = self.config.evaluation, self.device
         say(f"judging the {name} encoder")
-        features = {split: evaluation.extract(encoder, self.batches(split), device) for split in self.images}
+        features: dict[str, Features] = {}
         if self.labelled:
             tokens = {
                 split: evaluation.read_tokens(encoder, partial(self.batches, split), config=config, device=device)
                 for split in ("train", "test")
             }
+            features = {split: each.features for split, each in tokens.items() if each.features is not None}
             classes = len(self.classes)
             dense = evaluation.evaluate_tokens(tokens["train"], tokens["test"], config=config, num_classes=classes)
             found = evaluation.evaluate_features(
                 name, features["train"], features["test"], config=config, num_classes=classes, extra=dense
             )
         else:
+            features = {split: evaluation.extract(encoder, self.batches(split), device) for split in self.images}
             levels = features[self.judged_split].tables
             found = Judged([{"encoder": name, "level": level} for level in levels], {}, {}, [])
         views = label_free.embed_views(encoder, self.batches(self.judged_split), config=config, device=device)

@@ -68,7 +68,7 @@ def extract(
                 raise UserError(f"the encoder has no level {level!r}; choose from {', '.join(embedded)}")
             parts.setdefault(level, []).append(embedded[level].float().cpu())
         labels.append(labels_of(batch_labels, len(images)))
-    return _joined(parts, labels)
+    return joined(parts, labels)
 
 
 def raw_pixels(batches: Iterable[Batch], size: int) -> Features:
@@ -85,7 +85,7 @@ def raw_pixels(batches: Iterable[Batch], size: int) -> Features:
         stacks = [images] if isinstance(images, Tensor) else [image[None] for image in images]
         parts += [_square(stack, size).flatten(1) for stack in stacks]
         labels.append(labels_of(batch_labels, len(images)))
-    return _joined({PIXELS: parts}, labels)
+    return joined({PIXELS: parts}, labels)
 
 
 def pixel_pca(train: Features, test: Features, components: int = 64) -> tuple[Features, Features]:
@@ -128,7 +128,7 @@ def labels_of(labels: Tensor | None, count: int) -> Tensor:
     return torch.full((count,), UNLABELLED) if labels is None else labels.to("cpu", torch.int64)
 
 
-def _joined(parts: dict[str, list[Tensor]], labels: list[Tensor]) -> Features:
+def joined(parts: dict[str, list[Tensor]], labels: list[Tensor]) -> Features:
     if not labels:
         raise UserError(
             "no images to evaluate: the split is empty. Prepare the data set with images in it, "

@@ -56,7 +56,8 @@ def choose_l2(
 ) -> tuple[float, LinearProbe | None]:
     """The penalty of ``grid`` with the best accuracy on held-out images of ``x``, and the probe that it gave.
 
-    From the strongest to the weakest, each fit starting where the last one ended; of equals the strongest is taken.
+    From the strongest to the weakest, each fit starting where the last one ended, with half of the iterations, which
+    that start makes up for; of equals the strongest is taken.
     Where no class has enough images to hold one out, it is the middle of the grid.
     """
     penalties = sorted(grid, reverse=True)
@@ -68,7 +69,7 @@ def choose_l2(
     best: tuple[float, LinearProbe | None] = penalties[0], None
     best_score = -1.0
     for l2 in penalties:
-        probe = fit(kept_x, kept_y, num_classes=num_classes, l2=l2, iterations=iterations, start=probe)
+        probe = fit(kept_x, kept_y, num_classes=num_classes, l2=l2, iterations=-(-iterations // 2), start=probe)
         score = accuracy(probe.predict(x[held_out]), y[held_out]).value
         if score > best_score:
             best, best_score = (l2, probe), score

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hjepa.config import EvaluationConfig
 from hjepa.errors import FutileRetryError, UserError
-from hjepa.evaluation.features import Batch, labels_of, to_device
+from hjepa.evaluation.features import Batch, Features, joined, labels_of, to_device
 from hjepa.models.hjepa import merge_cells
 
 ALL = "all"
@@ -24,6 +24,8 @@ class TokenEncoder(Protocol):
     def preprocess(self, images: Any, /) -> Tensor: ...  # uint8 -> float [B, C, S, S]
 
     def tokens(self, x: Tensor, /) -> Tensor: ...  # [B, N, D] of level 0, raster order
+
+    def pool(self, tokens: Tensor, /) -> dict[str, Tensor]: ...  # level ("0", "1", ..., "all") -> [B, D_level]
 
     def to(self, device: torch.device) -> Any: ...
 
@@ -39,10 +41,12 @@ class Tokens:
         labels: int64 [M].
         levels: The names of the levels: "0", "1", ..., then "all" where there is more than one.
         cached: Whether they fit.
+        features: The pooled embeddings of the same images, from the same pass; None where they were not asked for.
 
     Args:
         batches: Is called for every pass and must give the same images in the same order.
         cache_gb: Largest size to keep, in 1e9 bytes.
+        pooled: Whether ``features`` are asked for.
 
     Raises:
         UserError: when there are no images.
@@ -56,6 +60,7 @@ class Tokens:
         *,
         device: torch.device | str,
         cache_gb: float,
+        pooled: bool = False,
     ):
         self._encoder, self._batches, self._device = encoder, batches, torch.device(device)
         encoder.to(self._device)
@@ -63,7 +68,8 @@ class Tokens:
         self._cache: list[Tensor] | None = []
         self.mean: dict[str, Tensor] = {}  # level -> [D], over all cells of all images
         self.inverse_std: dict[str, Tensor] = {}  # level -> [D], 0 where nothing varies
-        self.labels = self._survey(cache_gb * 1e9)
+        self.features: Features | None = None
+        self.labels = self._survey(cache_gb * 1e9, pooled)
 
     @property
     def cached(self) -> bool:
@@ -101,8 +107,9 @@ class Tokens:
                 tokens = self._encoder.tokens(self._encoder.preprocess(to_device(images, self._device))).float()
             yield tokens, labels_of(labels, len(images))
 
-    def _survey(self, cache_bytes: float) -> Tensor:
+    def _survey(self, cache_bytes: float, pooled: bool) -> Tensor:
         labels: list[Tensor] = []
+        parts: dict[str, list[Tensor]] = {}
         size = broken = 0
         sums: dict[str, Tensor] = {}
         squares: dict[str, Tensor] = {}
@@ -115,6 +122,8 @@ class Tokens:
                 sums[level] = sums.get(level, 0) + rows.sum(dim=0)
                 squares[level] = squares.get(level, 0) + rows.square().sum(dim=0)
                 counts[level] = counts.get(level, 0) + len(rows)
+            for level, embedded in self._encoder.pool(tokens).items() if pooled else ():
+                parts.setdefault(level, []).append(embedded.cpu())
             size += tokens.numel() * tokens.element_size()
             if self._cache is not None:
                 self._cache = [*self._cache, tokens.cpu()] if size <= cache_bytes else None
@@ -130,6 +139,8 @@ class Tokens:
             variance = squares[level] / counts[level] - mean.square()
             self.mean[level] = mean.float()
             self.inverse_std[level] = torch.where(variance > 1e-12, variance.clamp(min=1e-12).rsqrt(), 0).float()
+        if pooled:
+            self.features = joined(parts, labels)
         return torch.cat(labels)
 
 
@@ -140,8 +151,11 @@ def read_tokens(
     config: EvaluationConfig,
     device: torch.device | str,
 ) -> Tokens:
-    """The tokens of one split, kept in memory where ``evaluation.token_cache_gb`` has room for them."""
-    return Tokens(encoder, batches, device=device, cache_gb=config.token_cache_gb)
+    """The tokens of one split, kept in memory where ``evaluation.token_cache_gb`` has room for them, and its features.
+
+    One forward pass gives both.
+    """
+    return Tokens(encoder, batches, device=device, cache_gb=config.token_cache_gb, pooled=True)
 
 
 def by_level(tokens: Tensor, levels: Iterable[str]) -> dict[str, Tensor]:

@@ -45,7 +45,10 @@ class HierarchicalEncoder(nn.Module):
 
     def embed(self, x: Tensor) -> dict[str, Tensor]:
         """Pooled embeddings of normalised images ``x`` (B, C, S, S) by readout: ``mean``, ``0``, ..., ``all``."""
-        patches = self.tokens(x)
+        return self.pool(self.tokens(x))
+
+    def pool(self, patches: Tensor) -> dict[str, Tensor]:
+        """The embeddings of images whose ``tokens`` of level 0 are ``patches`` (B, N, D)."""
         pooled = {MEAN: patches.mean(1)}
         pooled |= {str(level): merge_cells(patches, level).amax(1) for level in self.levels}
         return pooled | {ALL: torch.cat(list(pooled.values()), 1)}
