@@ -404,3 +404,14 @@ def test_default_view__is_plain_lines_in_a_pipe() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0.04, "0.0 s"), (59.9, "59.9 s"), (60, "1m00s"), (7500, "2h05m")])
 def test_format_seconds__reads_well(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+def test_names__a_turn_that_failed_half_way_does_not_shift_the_names_of_the_next() -> None:
+    names = local_pipeline._Names(["plan", "open", "train", "judge", "compare"], {"open", "train", "judge"}, ["a", "b"])
+    assert names.in_order() == ["plan", "a.open", "a.train", "a.judge", "b.open", "b.train", "b.judge", "compare"]
+    started = ["plan", "open", "train", "open", "train", "judge", "compare"]  # a's training failed
+    assert [names.of_next(task) for task in started] == [
+        "plan", "a.open", "a.train", "b.open", "b.train", "b.judge", "compare",
+    ]  # fmt: skip
+    plain = local_pipeline._Names(["open", "train"], set(), [])
+    assert plain.in_order() == ["open", "train"] == [plain.of_next(task) for task in ("open", "train")]

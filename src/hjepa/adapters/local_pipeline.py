@@ -20,7 +20,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -123,9 +122,9 @@ def run(
     # -P: the folder the user happens to stand in must not shadow an installed package.
     command = [sys.executable, "-P", "-m", "hjepa.adapters.local_pipeline", str(files.request)]
     view = view or default_view()
-    names = _Names(pipeline.looped(), items)
+    names = _Names(pipeline.steps(), pipeline.looped(), items)
     # KFP leaves a folder per step in the temporary folder, so the run gets its own.
-    with tempfile.TemporaryDirectory(prefix="hjepa-") as scratch, showing(view, names.in_order(pipeline.steps())):
+    with tempfile.TemporaryDirectory(prefix="hjepa-") as scratch, showing(view, names.in_order()):
         child = subprocess.Popen(
             [*command, scratch],
             stdin=subprocess.DEVNULL,
@@ -195,28 +194,32 @@ class _Files:
 
 
 class _Names:
-    """What each task is called: by its own name, and in a loop by the item's name and its own."""
+    """What each task is called: by its own name, and in a loop by the item's name and its own.
 
-    def __init__(self, looped: Set[str], items: Sequence[str]):
-        self._looped, self._items = looped, list(items)
-        self._turns: Counter[str] = Counter()
+    Items are taken one after the other, and each begins with the loop's first task, which waits for no other.
+    """
 
-    def in_order(self, tasks: Sequence[str]) -> list[str]:
-        """All that will run, given the tasks in order, of which those of the loop follow one another."""
+    def __init__(self, tasks: Sequence[str], looped: Set[str], items: Sequence[str]):
+        """``tasks`` are all tasks in order, of which those of the loop follow one another."""
+        self._tasks, self._looped, self._items = list(tasks), looped, list(items)
+        self._first = next((task for task in tasks if task in looped), None)
+        self._turn = -1
+
+    def in_order(self) -> list[str]:
+        """All that will run."""
         if not self._items:
-            return list(tasks)
-        before = list(itertools.takewhile(lambda task: task not in self._looped, tasks))
-        inside = [task for task in tasks if task in self._looped]
+            return self._tasks
+        before = list(itertools.takewhile(lambda task: task not in self._looped, self._tasks))
+        inside = [task for task in self._tasks if task in self._looped]
         names = [f"{item}.{task}" for item in self._items for task in inside]
-        return [*before, *names, *(task for task in tasks[len(before) :] if task not in self._looped)]
+        return [*before, *names, *(task for task in self._tasks[len(before) :] if task not in self._looped)]
 
     def of_next(self, task: str) -> str:
         """Of a task that has just started."""
         if task not in self._looped:
             return task
-        turn = self._turns[task]
-        self._turns[task] += 1
-        return f"{self._items[turn] if turn < len(self._items) else turn + 1}.{task}"
+        self._turn += task == self._first
+        return f"{self._items[self._turn] if self._turn < len(self._items) else self._turn + 1}.{task}"
 
 
 def _child_environment(extra: Mapping[str, str], files: _Files) -> dict[str, str]:
