@@ -689,15 +689,15 @@ def prepare_data(*, resolved_path: str, dataset_path: str) -> None:
     source = _source(run)
     # Recognised by its content, not by the run: files added since the last time make another data set.
     key = prepare.prepared_key(source, run.config.data)[:16]
-    known = f"datasets/{source.name}/recipes/{key}.json"
+    known = _recipe(source, key)
     try:
         manifest: Json = run.store.get_json(run.store.get_json(known)["dataset"])
         say("prepare_data: already done for these images, nothing to do")
     except ObjectNotFoundError:
-        manifest = _prepare_and_upload(run, source)
+        manifest = _prepare_and_upload(run, source, key)
         # Written after the data set is complete: whoever finds the recipe finds all of it.
         run.store.put_json(known, {"dataset": f"{run.store.key_of(manifest['uri'])}/dataset.json"})
-        for item in list(run.store.list(f"datasets/{source.name}/parts/{key}/")):
+        for item in list(run.store.list(f"{_parts_folder(source, key)}/")):
             run.store.delete(item.key)
     manifest |= {
         "bytes_uploaded": run.store.bytes_sent - sent_before,
@@ -720,13 +720,17 @@ def _track_dataset(run: Run, manifest: Json) -> None:
     run.tracker.log_dataset(manifest["name"], manifest["digest"][:16], manifest["uri"], "training")
 
 
-def _prepare_and_upload(run: Run, source: Source) -> Json:
-    """Make the parts that are not in S3 yet, and put all of them together."""
+def _prepare_and_upload(run: Run, source: Source, key: str) -> Json:
+    """Make the parts that are not in S3 yet, and put all of them together.
+
+    Args:
+        key: Of the source and its recipe; a large source takes seconds to hash.
+    """
     from hjepa.data import parts, prepare
 
     config, store = run.config, run.store
     wanted = parts.parts_of(source, config.data.part_images)
-    base = _make_parts(run, source, wanted)
+    base = _make_parts(run, source, key, wanted)
     with prepare.scratch(_block_cache(config).folder.parent) as workdir:
         made = [parts.PartResult.from_json(store.get_json(f"{base}/{part.name}.json"), workdir) for part in wanted]
         for each in made:
@@ -737,12 +741,12 @@ def _prepare_and_upload(run: Run, source: Source) -> Json:
             prepared = prepare.merge(source, config.data, workdir, made)
         except prepare.QuarantineError as error:
             # The report names the files to mend, so it must outlive this folder.
-            key = run.key(prepare.REPORT)
-            store.put_bytes(key, error.report.read_bytes())
+            stored = run.key(prepare.REPORT)
+            store.put_bytes(stored, error.report.read_bytes())
             kept = Path(config.logging.log_dir).expanduser() / run.name / prepare.REPORT
             kept.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(error.report, kept)
-            raise UserError(f"{error}\nThe report: {kept}, {store.uri(key)}") from None
+            raise UserError(f"{error}\nThe report: {kept}, {store.uri(stored)}") from None
         folder = f"datasets/{source.name}/{prepared.manifest['digest'][:16]}"
         for file in prepared.files:
             if file.path.exists():
@@ -754,21 +758,24 @@ def _prepare_and_upload(run: Run, source: Source) -> Json:
     return manifest
 
 
-def _parts_folder(run: Run, source: Source) -> str:
+def _recipe(source: Source, key: str) -> str:
+    """The object that leads from a source and its recipe to the data set, once that is complete."""
+    return f"datasets/{source.name}/recipes/{key}.json"
+
+
+def _parts_folder(source: Source, key: str) -> str:
     """Where the parts of a preparation lie until they are put together, whoever makes them."""
-    from hjepa.data import prepare
-
-    return f"datasets/{source.name}/parts/{prepare.prepared_key(source, run.config.data)[:16]}"
+    return f"datasets/{source.name}/parts/{key}"
 
 
-def _make_parts(run: Run, source: Source, wanted: Sequence[Part]) -> str:
+def _make_parts(run: Run, source: Source, key: str, wanted: Sequence[Part]) -> str:
     """Have these parts in S3; those that are there already, from a try that was killed, are not made again."""
     from concurrent.futures import Future, ThreadPoolExecutor
 
     from hjepa.data import prepare
     from hjepa.data.parts import SIDECARS
 
-    store, cache, base = run.store, _block_cache(run.config), _parts_folder(run, source)
+    store, cache, base = run.store, _block_cache(run.config), _parts_folder(source, key)
     todo = [part for part in wanted if store.head(f"{base}/{part.name}.json") is None]
     if len(todo) < len(wanted):
         say(f"{len(wanted) - len(todo)} of {len(wanted)} parts are prepared already")
@@ -840,10 +847,10 @@ def prepare_parts(*, resolved_path: str, pod: int, pods: int) -> None:
     run = Run.read(resolved_path)
     source = _source(run)
     key = prepare.prepared_key(source, run.config.data)[:16]
-    if run.store.head(f"datasets/{source.name}/recipes/{key}.json") is not None:
+    if run.store.head(_recipe(source, key)) is not None:
         say("prepare_parts: the data set is prepared already, nothing to do")
         return
-    _make_parts(run, source, parts_of(source, run.config.data.part_images)[pod::pods])
+    _make_parts(run, source, key, parts_of(source, run.config.data.part_images)[pod::pods])
 
 
 def _source(run: Run) -> Source:

@@ -66,10 +66,7 @@ def _branches(comparison: Json) -> Table:
     for name in ("branch", *rows[0]["settings"], COLUMNS.get(metric, metric), "best - this"):
         table.add_column(name, overflow="fold")
     for row in rows:
-        behind = f"{row['difference']:+.4f}" if "difference" in row else ""
-        if "difference_low" in row:
-            behind += f" ({row['difference_low']:+.4f} to {row['difference_high']:+.4f})"
-        texts = [row["name"], *row["settings"].values(), _value(metric, row["value"]), behind]
+        texts = [row["name"], *row["settings"].values(), _value(metric, row["value"]), sweep.behind(row)]
         table.add_row(*map(escape, texts), style="bold" if row["name"] == comparison["best"] else "")
     return table
 

@@ -298,6 +298,14 @@ def in_words(comparison: Mapping[str, Any]) -> str:
     )
 
 
+def behind(row: Mapping[str, Any]) -> str:
+    """What the best is better by than this branch, with its interval; empty for the best."""
+    if "difference" not in row:
+        return ""
+    ends = f" ({row['difference_low']:+.4f} to {row['difference_high']:+.4f})" if "difference_low" in row else ""
+    return f"{row['difference']:+.4f}{ends}"
+
+
 def table(comparison: Mapping[str, Any]) -> str:
     """The branches as a Markdown table, in their order."""
     rows = comparison["branches"]
@@ -306,9 +314,6 @@ def table(comparison: Mapping[str, Any]) -> str:
     lines.append(["---"] * len(lines[0]))
     for row in rows:
         value = f"{row['value']:.4f}" + (f" ({row['low']:.4f} to {row['high']:.4f})" if "low" in row else "")
-        behind = f"{row['difference']:+.4f}" if "difference" in row else ""
-        if "difference_low" in row:
-            behind += f" ({row['difference_low']:+.4f} to {row['difference_high']:+.4f})"
         name = f"**{row['name']}**" if row["name"] == comparison["best"] else row["name"]
-        lines.append([name, *row["settings"].values(), value, behind, row["obstacle"]])
+        lines.append([name, *row["settings"].values(), value, behind(row), row["obstacle"]])
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)

@@ -260,11 +260,9 @@ class _Told:
 
     def add(self, done: int, quarantined: int, stored: int) -> None:
         now = time.monotonic()
-        self.done, self.quarantined, self.stored = (
-            self.done + done,
-            self.quarantined + quarantined,
-            self.stored + stored,
-        )
+        self.done += done
+        self.quarantined += quarantined
+        self.stored += stored
         if self.progress is not None and (now - self._reported >= REPORT_SECONDS or self.done == self.total):
             self._reported = now
             self.progress(Progress(self.split, self.done, self.total, self.quarantined, now - self._start, self.stored))
