@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from hjepa.errors import HjepaError, UserError
+from hjepa.files import file_sha256
 from hjepa.utils import container
 from hjepa.utils.checkpoint import (
     BEST,
@@ -38,7 +39,6 @@ from hjepa.utils.checkpoint import (
     unpack,
     write_checkpoint,
 )
-from hjepa.utils.files import file_sha256
 
 
 def trained(steps: int = 3) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -50,6 +50,18 @@ def test_run__a_local_file_travels_as_text(tmp_path: Path) -> None:
         assert parse_yaml(sent)["training"]["epochs"] == 7
 
 
+def test_run__sets_of_a_sweep_are_a_list_or_have_names() -> None:
+    with FakeKfpServer() as server:
+        for text in ('[["seed=1"],["seed=2"]]', "{one: [seed=1], two: seed=2}"):
+            done = hjepa("run", "--endpoint", server.url, "--no-follow", "--pipeline", "pretrain-sweep", f"sets={text}")
+            assert done.returncode == 0, done.stderr
+        sent = [run["runtime_config"]["parameters"]["sets"] for run in server.state.runs.values()]
+        assert sent == [
+            [["seed=1"], ["seed=2"]],
+            [{"name": "one", "set": ["seed=1"]}, {"name": "two", "set": "seed=2"}],
+        ]
+
+
 def test_run__mistakes_are_found_before_anything_is_sent() -> None:
     with FakeKfpServer() as server:
         for arguments, message in (
@@ -64,6 +76,11 @@ def test_run__mistakes_are_found_before_anything_is_sent() -> None:
             (["profile={cluster: {env: {HF_TOKEN: verysecret}}}"], "HF_TOKEN"),
             (["--pipeline", "pretrain-distributed", "nodes=0"], "cluster.nodes"),
             (["--pipeline", "pretrain-distributed", "backend=slurm"], "cluster.backend"),
+            (["--pipeline", "pretrain-sweep"], "needs sets, one per branch: --sweep FILE, or for example 'sets=[["),
+            (["--pipeline", "pretrain-sweep", 'sets=[["seed=1"]]'], "sets=: 1 mistake\n  got 1 set, expected 2 to 100"),
+            (["--pipeline", "pretrain-sweep", "sets=7"], "sets=: expected a list of sets"),
+            (["--pipeline", "pretrain-sweep", "sets={a: [sed=1], b: []}"], "set a: "),
+            (["--pipeline", "pretrain-sweep", f"sets={{{'a' * 27}: [seed=1], b: []}}"], "at most 63"),
         ):
             done = hjepa("run", "--endpoint", server.url, *arguments)
             assert done.returncode == 2

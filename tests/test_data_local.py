@@ -20,7 +20,7 @@ from hjepa.data.loader import ShardDataset
 from hjepa.data.transforms import eval_view
 from hjepa.distributed import World
 from hjepa.errors import UserError
-from hjepa.utils.files import file_sha256
+from hjepa.files import file_sha256
 
 
 def write_images(folder: Path, count: int, *, side: int = 24, first: int = 0) -> None:

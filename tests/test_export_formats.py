@@ -23,8 +23,8 @@ from hjepa.adapters.registry import fetch_export
 from hjepa.config import Config, ConfigError, load_config
 from hjepa.errors import HjepaError, UserError
 from hjepa.export import ExportedEncoder, load_export, save_export, untrained_encoder, write_formats
+from hjepa.files import file_sha256
 from hjepa.model_card import model_card
-from hjepa.utils.files import file_sha256
 
 CONFIG = """
 data: {image_size: 32, channels: 3}

@@ -326,7 +326,7 @@ def test_plan__is_the_same_twice_and_says_it_all(tmp_path: Path) -> None:
     assert text == render(plan(config))
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     assert max(map(len, text.splitlines())) <= 120
-    for part in ("799,744", "1,875 steps of 128 images", "context and target at once: 0", "checkpoints: 14.40 MB"):
+    for part in ("799,744", "1,875 steps of 128 images", "context and target at once: 0", "checkpoints: 14.4 MB"):
         assert part in text
     assert "assumed" not in text
     assert "assumed: the size of the training" in render(plan(load_config(TINY)))

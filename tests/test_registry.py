@@ -26,7 +26,7 @@ from hjepa.adapters.tracking import Tracker, TrackingError
 from hjepa.config import TrackingConfig, load_config
 from hjepa.errors import HjepaError, UserError
 from hjepa.export import load_export, save_export, untrained_encoder
-from hjepa.utils.files import file_sha256
+from hjepa.files import file_sha256
 
 METRIC = "eval/linear_top1"
 MARGIN = 0.005

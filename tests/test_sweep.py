@@ -26,17 +26,17 @@ def planned(*sets: Any, overrides: Sequence[str] = (), run: str = "s") -> list[s
 # -- sets ------------------------------------------------------------------------------------------------------------
 
 
-def test_normal_sets__every_form_comes_out_alike() -> None:
-    found = sweep.normal_sets(
-        ["training.lr=1e-3", ["training.lr=2e-3", "seed=1"], {"name": "x", "set": ["seed=2"]}, []]
-    )
-    assert [item["name"] for item in found] == ["lr-1e-3", "lr-2e-3-seed-1", "x", "base"]
-    assert [item["set"] for item in found] == [["training.lr=1e-3"], ["training.lr=2e-3", "seed=1"], ["seed=2"], []]
+def test_plan__every_form_of_a_set_comes_out_alike() -> None:
+    found = planned("training.lr=2e-3", ["training.lr=3e-3", "seed=1"], {"name": "x", "set": ["seed=2"]}, [])
+    assert [branch.name for branch in found] == ["lr-2e-3", "lr-3e-3-seed-1", "x", "base"]
+    assert [list(branch.overrides) for branch in found] == [
+        ["training.lr=2e-3"], ["training.lr=3e-3", "seed=1"], ["seed=2"], [],
+    ]  # fmt: skip
 
 
-def test_normal_sets__settings_that_are_called_alike_get_different_names() -> None:
-    found = sweep.normal_sets([["training.lr=1"], ["model.lr=1"], ["x.lr=1"]])
-    assert [item["name"] for item in found] == ["lr-1", "lr-1-2", "lr-1-3"]
+def test_plan__settings_that_are_called_alike_get_different_names() -> None:
+    depths = [["model.depth=2"], ["model.predictor.depth=2"], ["model.depth=2", "seed=1"]]
+    assert [branch.name for branch in planned(*depths)] == ["depth-2", "depth-2-2", "depth-2-seed-1"]
 
 
 def test_read_sets__a_mapping_names_them(tmp_path: Path) -> None:
@@ -44,32 +44,48 @@ def test_read_sets__a_mapping_names_them(tmp_path: Path) -> None:
     path.write_text("low: [training.lr=1e-4]\nhigh: training.lr=1e-2\n", "utf-8")
     assert sweep.read_sets(path) == [
         {"name": "low", "set": ["training.lr=1e-4"]},
-        {"name": "high", "set": ["training.lr=1e-2"]},
+        {"name": "high", "set": "training.lr=1e-2"},
     ]
 
 
 @pytest.mark.parametrize(
     ("sets", "words"),
     [
-        ("training.lr=1", "expected a list of sets"),
-        (None, "expected a list of sets"),
-        ([["seed=1"]], "expected 2 to 100"),
-        ([["seed=1"], [1]], "expected a list of section.key=value, got \\[1\\]"),
+        ([], r"got none; expected a list of sets.*such as \[\[training.lr"),
+        ([["seed=1"]], "got 1 set, expected 2 to 100"),
+        ([["seed=1"], [1]], r"set 2: expected a list of section.key=value, got \[1\]"),
         ([["seed=1"], {"name": "Bad name", "set": []}], "lower-case"),
         ([{"name": "a", "set": []}, {"name": "a", "set": ["seed=1"]}], "two of this name"),
         ([{"name": "a", "sets": []}, ["seed=1"]], "expected the keys name and set"),
     ],
 )
-def test_normal_sets__mistakes(sets: object, words: str) -> None:
+def test_plan__mistakes_in_the_form_of_sets(sets: list[Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        sweep.normal_sets(sets)
+        planned(*sets)
 
 
-def test_read_sets__no_yaml(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"a: [", "are not valid YAML"),
+        (b"training.lr=1", "expected a list of sets.*got 'training.lr=1'"),
+        (b"", "expected a list of sets.*got nothing"),
+        (b"\xff\xfe\x00", "it is no text"),
+        (None, "cannot read the sets in .*sets.yaml: No such file"),
+    ],
+)
+def test_read_sets__mistakes_name_the_file(tmp_path: Path, content: bytes | None, words: str) -> None:
     path = tmp_path / "sets.yaml"
-    path.write_text("a: [", "utf-8")
-    with pytest.raises(UserError, match="is not valid YAML"):
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=words) as error:
         sweep.read_sets(path)
+    assert str(path) in str(error.value)
+
+
+def test_read_sets__folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read the sets in .*: Is a directory"):
+        sweep.read_sets(tmp_path)
 
 
 # -- branches --------------------------------------------------------------------------------------------------------
@@ -87,9 +103,12 @@ def test_plan__runs_are_named_after_the_sweep_and_settings_tell_them_apart() -> 
 
 def test_plan__every_mistake_of_every_set_at_once() -> None:
     with pytest.raises(UserError) as error:
-        planned(["training.lr=-1"], ["storage.uri=s3://other"], ["evaluation.knn_k=5"], ["data.channels=3"], [], [])
+        planned(
+            ["training.lr=-1"], ["storage.uri=s3://other"], ["evaluation.knn_k=5"], ["data.channels=3"], [], [], [7]
+        )
     text = str(error.value)
-    for words in ("training.lr", "storage.uri", "evaluation.knn_k", "data.channels", "is the same configuration as"):
+    assert text.startswith("sets: 6 mistakes\n")
+    for words in ("training.lr", "storage.uri", "evaluation.knn_k", "data.channels", "same configuration", "got [7]"):
         assert words in text
 
 
@@ -99,7 +118,7 @@ def test_plan__what_a_model_sees_may_differ(setting: str) -> None:
 
 
 def test_plan__name_that_is_too_long_for_a_run() -> None:
-    with pytest.raises(UserError, match="at most 63"):
+    with pytest.raises(UserError, match=r"set base: its run is named after the sweep and the set.*at most 63"):
         planned([], ["seed=1"], run="r" * 60)
 
 
@@ -227,7 +246,5 @@ def test_gate__asks_more_of_the_best_of_many() -> None:
 
 def test_check_run_name_and_config_are_those_of_a_plain_run() -> None:
     base: Config = load_config("demo")
-    (first, _) = sweep.plan(
-        "s", base, sweep.normal_sets([[], ["seed=1"]]), lambda more: load_config("demo", more), check_run_name
-    )
+    (first, _) = sweep.plan("s", base, [[], ["seed=1"]], lambda more: load_config("demo", more), check_run_name)
     assert first.config.digest == base.digest

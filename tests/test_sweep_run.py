@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -56,10 +57,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     Stack(home).down()
 
 
+def command(home: Path, *arguments: str) -> list[str]:
+    program = [sys.executable, "-m", "hjepa.cli", "run", "--home", str(home), "--config", str(home / "shapes.yaml")]
+    return [*program, *arguments]
+
+
 def hjepa(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "hjepa.cli", "run", "--home", str(home), "--config", str(home / "shapes.yaml")]
     return subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, check=False, timeout=600, stdin=subprocess.DEVNULL
+        command(home, *arguments), capture_output=True, text=True, check=False, timeout=600, stdin=subprocess.DEVNULL
     )
 
 
@@ -118,6 +123,15 @@ def test_sweep__three_settings_meet_in_one_report_and_one_decision(home: Path) -
         == comparison["best"]
     )
 
+    # Other settings for a branch that has trained are refused before anything is prepared or trained.
+    (home / "other.yaml").write_text(SETS.replace("5e-3", "6e-3").replace("depth=2", "depth=3"), "utf-8")
+    refused = hjepa(home, "--sweep", str(home / "other.yaml"), "--run", "lr")
+    assert refused.returncode == 2
+    assert "prepare-data] started" not in refused.stdout
+    for words in ("run lr-fast was trained", "training.lr: 0.005 there, 0.006 here", "run lr-deep was trained"):
+        assert words in refused.stderr, refused.stderr
+    assert "lr-plain was" not in refused.stderr
+
 
 def test_sweep__mistakes_in_all_sets_are_told_before_any_server_starts(home: Path) -> None:
     (home / "bad.yaml").write_text(
@@ -146,3 +160,35 @@ def test_sweep__a_branch_that_fails_is_named_and_the_others_are_kept(home: Path)
     assert mended.returncode == 0, mended.stdout[-3000:] + mended.stderr[-3000:]
     assert mended.stdout.count("train: already done for run") == 1
     assert "is the best of 2" in mended.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_sweep__stopped_in_a_branch_begins_no_other_and_its_rows_do_not_run_for_ever(
+    home: Path, number: signal.Signals, code: int
+) -> None:
+    name = f"stopped-{code}"
+    long = ["--sweep", str(home / "sets.yaml"), "--run", name, "--set", "training.epochs=100000", "--keep-stack"]
+    process = subprocess.Popen(command(home, *long), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    seen = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        seen.append(line)
+        if line.startswith("[plain.train] epoch"):
+            process.send_signal(number)
+            break
+    seen.append(process.stdout.read())
+    output = "".join(seen)
+    assert process.wait(timeout=60) == code, output
+    assert "[plain.train] stopped after" in output
+    assert "the state is saved" in output
+    assert "FAILED" not in output
+    assert "failed" not in output
+    assert "[fast." not in output
+
+    server = Stack(home).environment()["MLFLOW_TRACKING_URI"]
+    client = MlflowClient(server)
+    experiment = client.get_experiment_by_name("sweep")
+    rows = {run.info.run_name: run.info.status for run in client.search_runs([experiment.experiment_id])}
+    assert rows[name] == rows[f"{name}-plain"] == "KILLED"
+    assert f"{name}-fast" not in rows

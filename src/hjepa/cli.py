@@ -15,7 +15,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,7 +25,7 @@ import yaml
 from hjepa import __version__, cli_data, cli_models
 from hjepa.config import Config, load_config, packaged_configs, parse_yaml, read_source, sha256_json
 from hjepa.errors import HjepaError, UserError
-from hjepa.utils.logging import say
+from hjepa.utils.logging import say, warn
 
 DESCRIPTION = "Self-supervised image pretraining with a hierarchical JEPA, from raw images to a registered encoder."
 INTERRUPTED = 130
@@ -351,13 +351,17 @@ def run(options: argparse.Namespace) -> int:
                 arguments["sets"] = sets
             if options.pipeline != PIPELINES[0] and config.cluster.backend == "auto":
                 arguments["backend"] = "local"  # all ranks on this machine
-            finished = local_pipeline.run(
-                compiled_pipeline(SWEEP if sets else options.pipeline),
-                arguments,
-                workdir=home / "runs" / name,
-                environment=environment,
-                items=branches,
-            )
+            try:
+                finished = local_pipeline.run(
+                    compiled_pipeline(SWEEP if sets else options.pipeline),
+                    arguments,
+                    workdir=home / "runs" / name,
+                    environment=environment,
+                    items=branches,
+                )
+            except KeyboardInterrupt:
+                _close_rows(options, name, environment)
+                raise
             if sets:
                 show_sweep(_sweep_summary(finished, options, stack_stays=keep.exists()), Console())
             else:
@@ -366,6 +370,17 @@ def run(options: argparse.Namespace) -> int:
             if not keep.exists():
                 stack.down()
     return 0
+
+
+def _close_rows(options: argparse.Namespace, name: str, environment: Mapping[str, str]) -> None:
+    """A stopped run does not seem to run for ever."""
+    from hjepa.steps import close_stopped
+
+    os.environ.update(environment)
+    try:
+        close_stopped(options.config, _overrides(options), name)
+    except HjepaError as error:  # that it was stopped is what the user is to hear
+        warn(f"the run's row in MLflow still says that it runs: {error}")
 
 
 def _sets(options: argparse.Namespace) -> list[Any]:
@@ -383,7 +398,10 @@ def _planned(options: argparse.Namespace, name: str, sets: Sequence[Any]) -> lis
     """The names of the sweep's branches, whose settings are checked before any server starts."""
     from hjepa.steps import plan_sweep
 
-    return [branch.name for branch in plan_sweep(name, options.config, _overrides(options), {}, sets)] if sets else []
+    if not options.sweep:
+        return []
+    where = f"the sets in {options.sweep}"
+    return [branch.name for branch in plan_sweep(name, options.config, _overrides(options), {}, sets, where=where)]
 
 
 def _servers(stack: Any, config: Config) -> dict[str, str]:
@@ -843,13 +861,14 @@ def _arguments(options: argparse.Namespace, path: Path) -> dict[str, Any]:
     """The pipeline's parameters, checked as far as this machine can: what is wrong is found here, not in a pod."""
     from hjepa.adapters import pipeline_spec
     from hjepa.steps import check_run_name, plan_sweep, profile_settings
-    from hjepa.sweep import read_sets
+    from hjepa.sweep import as_list, read_sets
 
     if options.sweep and options.pipeline != SWEEP:
         raise UserError(f"--sweep {options.sweep}: only --pipeline {SWEEP} takes one")
     compiled = pipeline_spec.load(path)
     types = {name: item["parameterType"] for name, item in compiled.parameters.items()}
     arguments: dict[str, Any] = {}
+    where = "sets="
     for text in options.parameters:
         name, equals, value = text.partition("=")
         if not equals:
@@ -858,6 +877,11 @@ def _arguments(options: argparse.Namespace, path: Path) -> dict[str, Any]:
             arguments[name] = value if types.get(name) == "STRING" else parse_yaml(value)
         except (yaml.YAMLError, ValueError):
             raise UserError(f"{text!r}: {value!r} is not a YAML value") from None
+    if options.sweep:
+        where = f"the sets in {options.sweep}"
+        arguments["sets"] = read_sets(options.sweep)
+    elif "sets" in types and "sets" in arguments:
+        arguments["sets"] = as_list(arguments["sets"], where)
     compiled.check_arguments(arguments)
     if arguments.get("run"):  # an empty one takes the id of the KFP run
         check_run_name(arguments["run"], "run=")
@@ -869,15 +893,14 @@ def _arguments(options: argparse.Namespace, path: Path) -> dict[str, Any]:
     if "config" in arguments or overrides:
         load_config(arguments.get("config", "default"), overrides)
     if "sets" in types:
-        if options.sweep:
-            arguments["sets"] = read_sets(options.sweep)
-        plan_sweep(
-            arguments.get("run") or "sweep",
-            arguments.get("config", "default"),
-            overrides,
-            {},
-            arguments.get("sets", []),
-        )
+        if not arguments.get("sets"):
+            raise UserError(
+                f"pipeline {SWEEP} needs sets, one per branch: --sweep FILE, or for example "
+                """'sets=[["training.lr=1e-3"],["training.lr=2e-3"]]'"""
+            )
+        # A run without a name gets the id of the KFP run, which is as long as this.
+        run = arguments.get("run") or "x" * 36
+        plan_sweep(run, arguments.get("config", "default"), overrides, {}, arguments["sets"], where=where)
     if "config" in arguments:
         arguments["config"] = _portable(arguments["config"])
     return arguments

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hjepa.cli_models import add_row, console_of_any_width, plain_table
 from hjepa.errors import HjepaError
 from hjepa.utils.logging import format_seconds, say
+from hjepa.words import counted, in_bytes
 
 if TYPE_CHECKING:
     from hjepa.adapters.datasets import StoredDataset
@@ -72,7 +73,7 @@ def ls(options: argparse.Namespace) -> None:
             item.digest[:12],
             counts,
             str(len(manifest["classes"]) or "-"),
-            _megabytes(item.bytes),
+            in_bytes(item.bytes),
             str(manifest["quarantine"]["total"]),
             store.uri(item.key),
         )
@@ -104,8 +105,8 @@ def _facts(item: StoredDataset) -> Iterator[tuple[str, str]]:
         yield "note", note
     for name, split in item.splits.items():
         shape = f", all {split['shape'][1]}x{split['shape'][0]}" if split["shape"] else ""
-        size = _megabytes(sum(shard["bytes"] for shard in split["shards"]))
-        yield name, f"{split['samples']:,} images{shape}, {len(split['shards'])} shards, {size}"
+        size = in_bytes(sum(shard["bytes"] for shard in split["shards"]))
+        yield name, f"{split['samples']:,} images{shape}, {counted(len(split['shards']), 'shard')}, {size}"
         if split["per_class"]:
             yield "", _per_class(manifest["classes"], split["per_class"])
     mean, std = (" ".join(f"{value:.4f}" for value in manifest["statistics"][name]) for name in ("mean", "std"))
@@ -137,7 +138,7 @@ def verify(options: argparse.Namespace) -> None:
 
     store = options.open_store(options)
     item = datasets.find(store, options.dataset)
-    say(f"verifying {item.name} {item.digest[:12]}: {sum(1 for _ in item.files())} files, {_megabytes(item.bytes)}")
+    say(f"verifying {item.name} {item.digest[:12]}: {sum(1 for _ in item.files())} files, {in_bytes(item.bytes)}")
     begun = told = time.monotonic()
 
     def progress(done: int, total: int) -> None:
@@ -152,12 +153,8 @@ def verify(options: argparse.Namespace) -> None:
     problems = datasets.verify(store, item, progress)
     if problems:
         raise HjepaError(
-            "\n  ".join([f"{item.name} {item.digest[:12]} is damaged in {len(problems)} places:", *problems])
+            "\n  ".join([f"{item.name} {item.digest[:12]} is damaged in {counted(len(problems), 'place')}:", *problems])
             + f"\nDelete {store.uri(item.key)} and its recipe below {store.uri(f'datasets/{item.name}/recipes')}, and "
             "prepare it again"
         )
     say(f"all of it is as it was prepared ({format_seconds(time.monotonic() - begun)})")
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

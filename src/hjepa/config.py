@@ -341,6 +341,39 @@ class ConfigError(UserError):
         super().__init__(f"{source}: {count} in the configuration\n{lines}")
 
 
+# -- what a training run is ------------------------------------------------------------------------------------------
+
+_VIEWS = tuple(f"data.{key}" for key in ("image_size", "channels", "crop_scale", "horizontal_flip"))
+# Of the section data these change how stored images are read; the others, which images are stored, and how.
+_READING = {f"data.{key}" for key in ("image_size", "crop_scale", "horizontal_flip", "num_workers", "cache_dir")}
+_READING |= {f"data.{key}" for key in ("cache_gb", "block_mb", "window_mb")}
+_LINEAGE = ("seed", "model.", "masking.", "loss.", "training.", *_VIEWS)
+# May change on resume: where and how fast the same steps are taken, not which.
+_ELASTIC = tuple(
+    f"training.{key}"
+    for key in ("device", "accumulation_steps", "use_amp", "amp_dtype", "parallel", "compile", "max_skipped")
+)
+
+
+def lineage(config: Config) -> dict[str, Any]:
+    """Dotted key -> value of the settings that decide where the next step leads."""
+    settings = {key: value for key, value in flatten(config).items() if key.startswith(_LINEAGE)}
+    elastic = set(_ELASTIC)
+    if config.loss.regularizer.name != "none":
+        elastic.remove("training.accumulation_steps")  # its statistics are those of a micro-batch
+    return {key: value for key, value in settings.items() if key not in elastic}
+
+
+def prepares(key: str) -> bool:
+    """Whether a dotted key says which images are stored, or how."""
+    return key.startswith("data.") and key not in _READING
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """What two lineages differ in, as words."""
+    return [f"{key}: {theirs.get(key)} there, {ours[key]} here" for key in sorted(ours) if theirs.get(key) != ours[key]]
+
+
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -382,10 +415,14 @@ def packaged_configs() -> list[str]:
     return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
-def read_source(source: str) -> tuple[str, str]:
-    """(name to show, YAML text) of a packaged configuration's name, a file, or YAML text itself."""
+def read_source(source: str, what: str = "configuration") -> tuple[str, str]:
+    """(name to show, YAML text) of a packaged configuration's name, a file, or YAML text itself.
+
+    Args:
+        what: What it is, for the message.
+    """
     if "\n" in source or ": " in source or source.strip() == "":
-        return "configuration", source
+        return what, source
     if source in packaged_configs():
         return source, (resources.files("hjepa") / "configs" / f"{source}.yaml").read_text("utf-8")
     path = Path(source).expanduser()
@@ -393,7 +430,7 @@ def read_source(source: str) -> tuple[str, str]:
         try:
             return source, path.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the configuration {source}: {error}") from None
+            raise UserError(f"cannot read the {what} {source}: {error}") from None
     raise UserError(
         f"no configuration {source!r}: neither a file nor one of the packaged ones ({', '.join(packaged_configs())})."
         + _suggest(source, packaged_configs())

@@ -22,10 +22,10 @@ from torch.export import ExportedProgram
 from hjepa.config import Config
 from hjepa.data.transforms import eval_view, normalize, to_channels
 from hjepa.errors import HjepaError, UserError
+from hjepa.files import file_sha256
 from hjepa.model_card import model_card
 from hjepa.models import HierarchicalEncoder, VisionTransformer, build_encoder
 from hjepa.utils.checkpoint import read_checkpoint
-from hjepa.utils.files import file_sha256
 
 SCHEMA = 1
 WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "config.json", "README.md"

@@ -27,6 +27,7 @@ from hjepa.errors import HjepaError, UserError
 from hjepa.masks import Masks, MultiBlockMasking
 from hjepa.models import HJEPAModel
 from hjepa.utils.scheduler import Schedule, create_ema_scheduler, create_lr_scheduler, create_weight_decay_scheduler
+from hjepa.words import counted, in_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -630,7 +631,7 @@ def render(plan: Plan) -> str:
     model, grid = config.model, config.grid_size
     lines = [
         f"ViT of {model.depth} x {model.embed_dim}, {config.data.image_size} pixels in patches of {model.patch_size}: "
-        f"a {grid}x{grid} grid; {_levels(model.num_levels)}; predictor of {model.predictor.depth} x "
+        f"a {grid}x{grid} grid; {counted(model.num_levels, 'level')}; predictor of {model.predictor.depth} x "
         f"{model.predictor.embed_dim}",
         *_parameter_lines(plan),
         *_flop_lines(plan),
@@ -642,23 +643,12 @@ def render(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _levels(count: int) -> str:
-    return "1 level" if count == 1 else f"{count} levels"
-
-
 def _count(number: float) -> str:
     """12,345,678 -> ``12.35 M``."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.2f} {unit}"
     return f"{number:.0f}"
-
-
-def _bytes(number: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= size:
-            return f"{number / size:.2f} {unit}"
-    return f"{number:.0f} B"
 
 
 def _parameter_lines(plan: Plan) -> list[str]:
@@ -693,8 +683,8 @@ def _memory_lines(plan: Plan) -> list[str]:
     return [
         "",
         f"memory per rank, an estimate: {ranks}, micro-batch of {memory.micro_batch:,} images, {kind}",
-        *(f"  {name:<18}{_bytes(size):>12}" for name, size in memory.parts.items()),
-        f"  {'sum':<18}{_bytes(memory.total):>12}",
+        *(f"  {name:<18}{in_bytes(size):>12}" for name, size in memory.parts.items()),
+        f"  {'sum':<18}{in_bytes(memory.total):>12}",
         "  Not in it: the device's context and libraries, workspaces, fragmentation, communication buffers, the",
         "  evaluation's batches, the loader's workers. torch.compile keeps less.",
     ]
@@ -727,7 +717,7 @@ def _checkpoint_lines(plan: Plan) -> list[str]:
     kept = plan.config.checkpoint.keep_best_n
     return [
         "",
-        f"checkpoints: {_bytes(plan.checkpoint)} each; {_bytes(plan.kept_bytes)} of disk for the best {kept}, the "
+        f"checkpoints: {in_bytes(plan.checkpoint)} each; {in_bytes(plan.kept_bytes)} of disk for the best {kept}, the "
         "newest 2, and the one being written",
     ]
 

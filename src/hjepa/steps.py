@@ -39,16 +39,19 @@ from hjepa.adapters.s3 import ObjectNotFoundError, S3Store
 from hjepa.adapters.tracking import MetricStream, Tracker, tracking_uri
 from hjepa.config import (
     Config,
+    differences,
     dump_yaml,
     flatten,
+    lineage,
     load_config,
     parse_yaml,
+    prepares,
     read_source,
     sha256_json,
     validate,
 )
 from hjepa.errors import FutileRetryError, HjepaError, PreemptedError, UserError
-from hjepa.utils.files import file_sha256
+from hjepa.files import file_sha256
 from hjepa.utils.logging import append_json_line, say, warn
 
 if TYPE_CHECKING:
@@ -110,7 +113,7 @@ def step(function: Callable[P, T]) -> Callable[P, T]:
                 _close_run(kwargs.get("resolved_path"), function.__name__, error)
             if not in_task:
                 raise error from (None if error is not problem else problem.__cause__)
-            say(f"{function.__name__} failed: {error}")
+            say(f"{function.__name__} {'was stopped' if isinstance(error, PreemptedError) else 'failed'}: {error}")
             raise SystemExit(error.exit_code) from None
         finally:
             if timings := os.environ.get("HJEPA_TIMINGS_FILE"):
@@ -223,6 +226,10 @@ class Run:
     def tracker(self) -> Tracker:
         return Tracker.attach(self.tracking_uri, self.mlflow_run_id)
 
+    def has_checkpoints(self) -> bool:
+        """Whether it has trained, as S3 knows it."""
+        return next(iter(self.store.list(self.key("checkpoints/"))), None) is not None
+
     def key(self, name: str) -> str:
         return f"runs/{self.name}/{name}"
 
@@ -334,7 +341,7 @@ def profile_settings(source: str) -> list[str]:
     Raises:
         UserError: it cannot be read, or has other sections.
     """
-    name, text = read_source(source)
+    name, text = read_source(source, "profile")
     try:
         tree = parse_yaml(text) or {}
     except (yaml.YAMLError, ValueError) as error:
@@ -383,12 +390,36 @@ def resolve_config(
     check_run_name(run)
     tree = _load(config, overrides, settings, profile)
     preflight.require(preflight.check(tree, source=_trains_here(), trains_here=_trains_here()))
+    if obstacle := _trained_otherwise(run, tree):
+        raise UserError(obstacle)
     return _open_run(tree, run, resolved_path, job=job, pipeline_ui=pipeline_ui)
 
 
 def _trains_here() -> bool:
     """In an image of its own the first step has neither the GPUs nor the volumes of the steps that need them."""
     return "KUBERNETES_SERVICE_HOST" not in os.environ and find_spec("torch") is not None
+
+
+def _trained_otherwise(run: str, tree: Config) -> str:
+    """Why a run of this name cannot go on with this configuration; empty if it can. ``train`` would find out too, but
+    only after the images are prepared.
+    """
+    known = _opened(tree, run)
+    if known is None or not (different := _changed(known.config, tree)) or not known.has_checkpoints():
+        return ""
+    return "\n    ".join(
+        [
+            f"run {run} was trained with other settings, and going on would mix two experiments. Use the settings it "
+            "was trained with, or another name of the run",
+            *different,
+        ]
+    )
+
+
+def _changed(theirs: Config, ours: Config) -> list[str]:
+    """What of a training has changed, in words; nothing if it is one on other images, which begins anew."""
+    images = [{key: value for key, value in flatten(each).items() if prepares(key)} for each in (theirs, ours)]
+    return differences(lineage(theirs), lineage(ours)) if images[0] == images[1] else []
 
 
 def _open_run(
@@ -410,6 +441,7 @@ def _open_run(
     if job and pipeline_ui:
         tags["hjepa.kfp_run_url"] = link = f"{pipeline_ui.rstrip('/')}/#/runs/details/{job}"
         tags["mlflow.note.content"] = f"Pipeline run: [{run}]({link})"
+    known = _opened(tree, run)
     tracker = Tracker.create_or_resume(
         tree.tracking.model_copy(update={"uri": uri}),
         experiment=tree.logging.experiment_name,
@@ -417,6 +449,8 @@ def _open_run(
         tags=tags,
         params={key: value for key, value in flatten(tree).items() if not key.startswith("cluster.")},
         injected=parent is None,
+        # What has not trained yet can still become another run; MLflow itself changes no parameter.
+        anew=known is not None and bool(_changed(known.config, tree)),
     )
     say(f"MLflow run: {tracker.url}")
     with tempfile.TemporaryDirectory() as folder:
@@ -467,7 +501,7 @@ def resolve_sweep(
     """Validate every branch of a sweep, check that they can succeed, and create the MLflow run that holds them.
 
     Args:
-        sets: Override sets, one per branch, laid over ``overrides``; ``hjepa.sweep.normal_sets`` says in which forms.
+        sets: Override sets, one per branch, laid over ``overrides``; ``hjepa.sweep.plan`` says in which forms.
         sweep_path: Where the sweep is written: its branches with their names, runs and configurations.
 
     The others are those of ``resolve_config``; ``run`` names the sweep.
@@ -486,6 +520,9 @@ def resolve_sweep(
         found = preflight.check(branch.config, source=False, trains_here=False, servers=False)
         findings += [replace(finding, name=f"{branch.name}: {finding.name}") for finding in found]
     preflight.require(findings)
+    if obstacles := [text for branch in branches if (text := _trained_otherwise(branch.run, branch.config))]:
+        remedy = "The same sets go on where this sweep was; for others give the sweep another name"
+        raise UserError("\n  ".join([f"sweep {run} cannot go on with these sets. {remedy}.", *obstacles]))
     identity = _open_run(tree, run, resolved_path, job=job, pipeline_ui=pipeline_ui)
     opened = Run.read(resolved_path)
     content = {"schema": SCHEMA, "name": run, "job": job, "pipeline_ui": pipeline_ui}
@@ -496,14 +533,24 @@ def resolve_sweep(
 
 
 def plan_sweep(
-    run: str, config: str, overrides: Sequence[str], settings: Mapping[str, str], sets: Sequence[Any], profile: str = ""
+    run: str,
+    config: str,
+    overrides: Sequence[str],
+    settings: Mapping[str, str],
+    sets: Sequence[Any],
+    profile: str = "",
+    where: str = "sets",
 ) -> list[sweep.Branch]:
-    """The branches, as ``resolve_sweep`` makes them. Raises UserError for every mistake at once."""
+    """The branches, as ``resolve_sweep`` makes them; see ``hjepa.sweep.plan`` for ``sets`` and ``where``.
+
+    Raises:
+        UserError: for every mistake at once.
+    """
 
     def load(more: Sequence[str]) -> Config:
         return _load(config, [*overrides, *more], settings, profile)
 
-    return sweep.plan(run, load(()), sweep.normal_sets(sets), load, check_run_name)
+    return sweep.plan(run, load(()), sets, load, check_run_name, where)
 
 
 @step
@@ -1577,6 +1624,13 @@ def report(
         text = f"run {run}: {state.lower()}" + (f" in {step}" if step else "") + f": {cause}"
     say(text)
     Path(summary_path).write_text(text + "\n", "utf-8")
+
+
+def close_stopped(config: str, overrides: Sequence[str], run: str) -> None:
+    """Mark the MLflow rows of a run that was told to stop, and of its branches, as ended; resuming opens them again."""
+    opened = _opened(_load(config, overrides, {}, ""), run)
+    for each in [opened, *_branches(opened)] if opened else []:
+        each.tracker.finish_if_running("KILLED")
 
 
 def _cause(tree: Config, run: str, job: str, message: str) -> tuple[str, str]:

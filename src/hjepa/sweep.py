@@ -17,9 +17,10 @@ from typing import Any
 import yaml
 
 from hjepa.adapters.gate import Candidate, Outcomes, confidence_of, interval_tag, resamples_of
-from hjepa.config import Config, flatten, parse_yaml, read_source
+from hjepa.config import Config, flatten, parse_yaml, prepares
 from hjepa.errors import HjepaError, UserError
 from hjepa.utils.bootstrap import paired_difference
+from hjepa.words import counted
 
 Json = dict[str, Any]
 
@@ -27,9 +28,10 @@ MOST_BRANCHES = 100
 LONGEST_NAME = 24  # of a branch that is named after its settings
 # What all branches share: else their scores would be of different things, or stored in different places.
 SHARED = ("storage", "tracking", "evaluation", "logging.experiment_name")
-# Of the section data only these change what a model sees; the others change which images are stored.
-VIEWS = {"data.image_size", "data.crop_scale", "data.horizontal_flip", "data.num_workers", "data.cache_dir"}
-FORM = "expected a list of sets, each a list of section.key=value, or a mapping from names to such lists"
+FORM = (
+    "expected a list of sets, each a list of section.key=value, such as [[training.lr=1e-3], [training.lr=2e-3]], or a "
+    "mapping from names to such lists, such as {low: [training.lr=1e-3], high: [training.lr=2e-3]}"
+)
 
 
 @dataclass(frozen=True)
@@ -53,34 +55,46 @@ class Branch:
 # -- what is asked for -----------------------------------------------------------------------------------------------
 
 
-def read_sets(source: str | Path) -> list[Json]:
-    """The sets of a YAML file, as the pipeline takes them: [{"name": text, "set": [section.key=value]}].
+def read_sets(source: str | Path) -> list[Any]:
+    """The sets in a YAML file, as a pipeline takes them: what each of them says is for ``plan`` to check.
 
     Raises:
-        UserError: it cannot be read, or is no list or mapping of sets.
+        UserError: it cannot be read, or is no list or mapping.
     """
-    name, text = read_source(str(source))
     try:
-        tree = parse_yaml(text)
+        text = Path(source).expanduser().read_text("utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read the sets in {source}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"cannot read the sets in {source}: it is no text; {FORM}") from None
+    try:
+        return as_list(parse_yaml(text), f"the sets in {source}")
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"sweep {name} is not valid YAML: {error}") from None
-    if isinstance(tree, dict):
-        tree = [{"name": key, "set": value} for key, value in tree.items()]
-    return normal_sets(tree, f"sweep {name}")
+        raise UserError(f"the sets in {source} are not valid YAML: {error}") from None
 
 
-def normal_sets(sets: object, where: str = "sets") -> list[Json]:
-    """The sets in one form, each with a name that can be a part of a run's name.
+def as_list(tree: object, where: str = "sets") -> list[Any]:
+    """Sets as a list: of a mapping, items {"name": key, "set": value}.
 
     Args:
-        sets: A list whose items are [section.key=value, ...], one such text, or {"name": text, "set": [...]}.
         where: What the user wrote them in, for the message.
 
     Raises:
-        UserError: for every mistake at once.
+        UserError: it is neither a list nor a mapping.
     """
-    if not isinstance(sets, list | tuple):
-        raise UserError(f"{where}: {FORM}, got {type(sets).__name__}")
+    if isinstance(tree, Mapping):
+        return [{"name": key, "set": value} for key, value in tree.items()]
+    if not isinstance(tree, list | tuple):
+        raise UserError(f"{where}: {FORM}; got {'nothing' if tree is None else repr(tree)}")
+    return list(tree)
+
+
+def _normal(sets: Sequence[object]) -> tuple[list[Json], list[str]]:
+    """The sets in one form, {"name": text, "set": [...]}, each name a part of a run's name; and what is wrong.
+
+    Args:
+        sets: Items are [section.key=value, ...], one such text, or {"name": text, "set": [...]}.
+    """
     problems: list[str] = []
     found: list[Json] = []
     used: set[str] = set()
@@ -99,13 +113,12 @@ def normal_sets(sets: object, where: str = "sets") -> list[Json]:
         name = _unused(str(name) if name is not None else _named_after(overrides), used, given=name is not None)
         if name in used:
             problems.append(f"set {name}: there are two of this name")
+            continue
         used.add(name)
         found.append({"name": name, "set": list(overrides)})
-    if not problems and not 2 <= len(found) <= MOST_BRANCHES:
-        problems.append(f"{len(found)} sets, expected 2 to {MOST_BRANCHES}; one alone is a plain run")
-    if problems:
-        raise UserError("\n  ".join([f"{where}: {_count(problems)}", *problems]))
-    return found
+    if not 2 <= len(sets) <= MOST_BRANCHES:
+        problems.append(f"got {counted(len(sets), 'set')}, expected 2 to {MOST_BRANCHES}; one alone is a plain run")
+    return found, problems
 
 
 def _named_after(overrides: Sequence[str]) -> str:
@@ -123,36 +136,39 @@ def _unused(name: str, used: set[str], *, given: bool) -> str:
     return name
 
 
-def _count(problems: Sequence[str]) -> str:
-    return "1 mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
-
-
 def plan(
     sweep: str,
     base: Config,
-    sets: Sequence[Mapping[str, Any]],
+    sets: Sequence[object],
     load: Callable[[Sequence[str]], Config],
     check_name: Callable[[str], str],
+    where: str = "sets",
 ) -> list[Branch]:
     """The branches of a sweep, all of them checked.
 
     Args:
         sweep: Its name, which begins the names of its runs.
         base: The configuration without any set.
-        sets: As ``normal_sets`` returns them.
+        sets: One per branch: [section.key=value, ...], one such text, or {"name": text, "set": [...]}.
         load: From more overrides to a configuration.
         check_name: Raises UserError for what can be no name of a run.
+        where: What the user wrote the sets in, for the message.
 
     Raises:
-        UserError: for every mistake in every set at once: a bad setting, a setting that all must share, a set that
-            changes nothing against another.
+        UserError: for every mistake in every set at once: no set, a bad setting, a setting that all must share, a set
+            that changes nothing against another.
     """
-    problems: list[str] = []
+    items, problems = _normal(sets)
+    if not sets:
+        problems = [f"got none; {FORM}"]
     configs: dict[str, Config] = {}
-    for item in sets:
+    for item in items:
         name = item["name"]
         try:
             check_name(f"{sweep}-{name}")
+        except UserError as error:
+            problems.append(f"set {name}: its run is named after the sweep and the set: {error}")
+        try:
             config = load(item["set"])
         except UserError as error:
             problems.append(f"set {name}: {error}")
@@ -165,7 +181,7 @@ def plan(
             problems.append(f"set {name} is the same configuration as {same[0]}")
         configs[name] = config
     if problems:
-        raise UserError("\n  ".join([f"sweep {sweep}: {_count(problems)}", *problems]))
+        raise UserError("\n  ".join([f"{where}: {counted(len(problems), 'mistake')}", *problems]))
     keys = differing(list(configs.values()))
     return [
         Branch(
@@ -175,7 +191,7 @@ def plan(
             config=configs[item["name"]],
             settings={key: _text(flatten(configs[item["name"]]).get(key)) for key in keys},
         )
-        for item in sets
+        for item in items
     ]
 
 
@@ -187,8 +203,7 @@ def differing(configs: Sequence[Config]) -> list[str]:
 
 
 def _is_shared(key: str) -> bool:
-    of_shared = any(key == name or key.startswith(f"{name}.") for name in SHARED)
-    return of_shared or (key.startswith("data.") and not any(key == v or key.startswith(f"{v}.") for v in VIEWS))
+    return prepares(key) or any(key == name or key.startswith(f"{name}.") for name in SHARED)
 
 
 def _text(value: object) -> str:

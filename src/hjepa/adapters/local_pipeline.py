@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from typing import Any
 import psutil
 
 from hjepa.adapters import lifeline, pipeline_spec
-from hjepa.adapters.pipeline_view import View, default_view, showing
+from hjepa.adapters.pipeline_view import Ending, View, default_view, showing
 from hjepa.errors import FutileRetryError, HjepaError, PreemptedError, UserError
 
 ERROR_FILE = "HJEPA_ERROR_FILE"  # a step that fails writes {"step", "kind", "message", "exit_code"} there
@@ -136,7 +136,7 @@ def run(
             start_new_session=True,  # a terminal's Ctrl-C reaches this process only, which then ends the steps in order
         )
         follower = _Follower(child, files, view, names)
-        with _ended_with_us(child, view, grace_seconds):
+        with _ended_with_us(child, follower, view, grace_seconds):
             follower.start()
             follower.join()
             if follower.error is not None:
@@ -247,6 +247,8 @@ class _Follower(threading.Thread):
         assert child.stdout is not None
         self.steps: dict[str, StepRun] = {}
         self.error: Exception | None = None
+        self.stopping = False
+        self.step_ended = threading.Event()  # since it was cleared
         self._output = child.stdout
         self._files = files
         self._view = view
@@ -290,6 +292,8 @@ class _Follower(threading.Thread):
 
     def _kfp_said(self, message: str) -> None:
         if match := _STARTED.match(message):
+            if self.stopping:  # KFP would take the next turn of a loop
+                return
             name = self._names.of_next(match[1])
             self._current = StepRun(name=name, started=time.monotonic(), log=self._files.logs / f"{name}.log")
             self.steps[name] = self._current
@@ -301,7 +305,9 @@ class _Follower(threading.Thread):
             step.succeeded = match[2] == "SUCCESS"
             step.artifacts = self._files.outputs_of(match[1]) if step.succeeded else {}
             self._current = None
-            self._view.finished(step.name, succeeded=step.succeeded, seconds=step.seconds)
+            ending: Ending = "done" if step.succeeded else "stopped" if self.stopping else "failed"
+            self._view.finished(step.name, ending, step.seconds)
+            self.step_ended.set()
 
     def _own_seconds(self, task: str) -> float | None:
         """What the step that has just ended says of itself; None if it was killed before it could."""
@@ -315,35 +321,37 @@ class _Follower(threading.Thread):
 
 
 @contextmanager
-def _ended_with_us(child: subprocess.Popen[str], view: View, grace_seconds: float) -> Iterator[None]:
+def _ended_with_us(
+    child: subprocess.Popen[str], follower: _Follower, view: View, grace_seconds: float
+) -> Iterator[None]:
     """Leave nothing of the child's process group running, whichever way the block ends."""
     try:
         yield
     except BaseException:
         # Also KeyboardInterrupt. A second one while we wait skips the rest of the grace period.
         try:
-            _stop_gently(child, view, grace_seconds)
+            _stop_gently(child, follower, view, grace_seconds)
         finally:
             _kill_group(child)
         raise
     _kill_group(child)  # what a step left in the background
 
 
-def _stop_gently(child: subprocess.Popen[str], view: View, grace_seconds: float) -> None:
-    """SIGTERM to the running step, and time to end.
+def _stop_gently(child: subprocess.Popen[str], follower: _Follower, view: View, grace_seconds: float) -> None:
+    """SIGTERM to the running step, and time to end; the steps after it do not begin.
 
     Only the step's main process gets the signal: its loader processes and the pipe to its log stay, so that it can
     save its state and say so.
     """
+    follower.stopping = True
+    follower.step_ended.clear()
     step_processes = [process for process in _step_processes(child.pid) if _signal(process, signal.SIGTERM)]
     if not step_processes:
         return
     view.notice(f"stopping; a running step gets {grace_seconds:g} s to save its state (Ctrl-C again: at once)")
     _, alive = psutil.wait_procs(step_processes, timeout=grace_seconds)
     if not alive:
-        # KFP passes the step's last lines on, then ends by itself; should it begin the next step, that is cut short.
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(timeout=1.0)
+        follower.step_ended.wait(timeout=2.0)  # KFP passes the step's last lines on, then says that it has ended
 
 
 def _step_processes(pid: int) -> list[psutil.Process]:

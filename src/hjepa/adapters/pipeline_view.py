@@ -6,13 +6,15 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol, TextIO
+from typing import Literal, Protocol, TextIO
 
 from rich.console import Console
 from rich.live import Live
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
+
+Ending = Literal["done", "failed", "stopped"]
 
 
 class View(Protocol):
@@ -24,7 +26,7 @@ class View(Protocol):
 
     def line(self, step: str, text: str) -> None: ...
 
-    def finished(self, step: str, *, succeeded: bool, seconds: float) -> None: ...
+    def finished(self, step: str, ending: Ending, seconds: float) -> None: ...
 
     def notice(self, text: str) -> None: ...
 
@@ -61,8 +63,9 @@ class LineView:
     def line(self, step: str, text: str) -> None:
         self._write(f"[{step}] {text}")
 
-    def finished(self, step: str, *, succeeded: bool, seconds: float) -> None:
-        self._write(f"[{step}] {'done in' if succeeded else 'FAILED after'} {format_seconds(seconds)}")
+    def finished(self, step: str, ending: Ending, seconds: float) -> None:
+        words = {"done": "done in", "failed": "FAILED after", "stopped": "stopped after"}
+        self._write(f"[{step}] {words[ending]} {format_seconds(seconds)}")
 
     def notice(self, text: str) -> None:
         self._write(text)
@@ -95,9 +98,9 @@ class TableView:
     def line(self, step: str, text: str) -> None:
         self._rows[step].last_line = text.strip()
 
-    def finished(self, step: str, *, succeeded: bool, seconds: float) -> None:
+    def finished(self, step: str, ending: Ending, seconds: float) -> None:
         row = self._rows[step]
-        row.seconds, row.succeeded = seconds, succeeded
+        row.seconds, row.ending = seconds, ending
         self._live.refresh()
 
     def notice(self, text: str) -> None:
@@ -125,17 +128,18 @@ class _Row:
         self.step = step
         self.started: float | None = None
         self.seconds: float | None = None
-        self.succeeded = False
+        self.ending: Ending = "done"
         self.last_line = ""
         self._spinner = Spinner("dots", style="cyan")
 
     def mark(self) -> Text | Spinner:
         if self.seconds is not None:
-            return Text("✓", style="green") if self.succeeded else Text("✗", style="bold red")
+            marks = {"done": ("✓", "green"), "failed": ("✗", "bold red"), "stopped": ("■", "yellow")}
+            return Text(*marks[self.ending])
         return Text("·", style="dim") if self.started is None else self._spinner
 
     def style(self) -> str:
-        if self.seconds is not None and not self.succeeded:
+        if self.seconds is not None and self.ending == "failed":
             return "bold red"
         return "dim" if self.started is None else ("bold" if self.seconds is None else "")
 

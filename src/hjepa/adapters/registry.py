@@ -45,7 +45,7 @@ from hjepa.adapters.tracking import (
 )
 from hjepa.config import sha256_json
 from hjepa.errors import HjepaError, UserError
-from hjepa.utils.files import file_sha256
+from hjepa.files import file_sha256
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -40,7 +40,7 @@ from botocore.exceptions import ConnectionError as NoConnectionError
 
 from hjepa.config import StorageConfig
 from hjepa.errors import HjepaError, UserError
-from hjepa.utils.files import file_sha256, sync_folder
+from hjepa.files import file_sha256, sync_folder
 
 if TYPE_CHECKING:
     from botocore.response import StreamingBody

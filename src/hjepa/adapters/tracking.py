@@ -164,6 +164,7 @@ class Tracker:
         tags: Mapping[str, str],
         params: Mapping[str, Any],
         injected: bool = True,
+        anew: bool = False,
     ) -> Tracker:
         """The run that ``MLFLOW_RUN_ID`` names, else the one tagged with ``run_name``, else a new one.
 
@@ -171,6 +172,7 @@ class Tracker:
 
         Args:
             injected: Whether ``MLFLOW_RUN_ID`` counts. It names one run; the branches of a sweep have one each.
+            anew: Whether a tagged run is left behind, under another name: its parameters are no longer true.
 
         Raises:
             UserError: if no server is named, or the experiment was deleted.
@@ -185,6 +187,9 @@ class Tracker:
             else:
                 experiment_id = _experiment(client, experiment)
                 run = _find_run(client, experiment_id, run_name)
+                if run is not None and anew:
+                    _leave_behind(client, run, run_name)
+                    run = None
                 if run is None:
                     client.create_run(experiment_id, run_name=run_name, tags={RUN_TAG: run_name})
                     # A request that was retried may have made two; every process takes the first of them.
@@ -269,14 +274,14 @@ class Tracker:
     def finish(self, status: RunStatus = "FINISHED") -> bool:
         return self._attempt(f"mark the run {status}", lambda: self.client.set_terminated(self.run_id, status=status))
 
-    def finish_if_running(self) -> bool:
-        """Mark the run as finished, unless it has ended already."""
+    def finish_if_running(self, status: RunStatus = "FINISHED") -> bool:
+        """Mark the run as ended, unless it has ended already."""
 
         def write() -> None:
             if self.client.get_run(self.run_id).info.status == "RUNNING":
-                self.client.set_terminated(self.run_id, status="FINISHED")
+                self.client.set_terminated(self.run_id, status=status)
 
-        return self._attempt("mark the run FINISHED", write)
+        return self._attempt(f"mark the run {status}", write)
 
     def _attempt(self, action: str, write: Callable[[], object], *, timeout_seconds: int = 10) -> bool:
         if time.monotonic() < self._silent_until:
@@ -335,6 +340,12 @@ def _find_run(client: MlflowClient, experiment_id: str, run_name: str) -> Run | 
         max_results=1,
     )
     return runs[0] if runs else None
+
+
+def _leave_behind(client: MlflowClient, run: Run, run_name: str) -> None:
+    name = f"{run_name} (before its settings changed)"
+    client.update_run(run.info.run_id, status="KILLED", name=name)
+    _write_tags(client, run.info.run_id, {RUN_TAG: name})
 
 
 def _write_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:

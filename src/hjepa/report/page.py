@@ -11,6 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from hjepa.report import charts, tables
+from hjepa.words import in_bytes
 
 
 def fill(template: str, view: Mapping[str, Any]) -> str:
@@ -28,7 +29,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"short": tables.short, "percent": charts.percent, "bytes": tables.in_bytes}
+    environment.filters |= {"short": tables.short, "percent": charts.percent, "bytes": in_bytes}
     return environment
 
 

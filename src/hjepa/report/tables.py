@@ -47,11 +47,6 @@ def short(text: object, length: int = LONGEST_NAME) -> str:
     return words if len(words) <= length else f"{words[: length - 1]}…"
 
 
-def in_bytes(count: float) -> str:
-    power = min(int(math.log10(max(count, 1))) // 3, 4)
-    return f"{count / 1000**power:,.{1 if power else 0}f} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
-
-
 # -- metrics ---------------------------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hjepa import distributed
-from hjepa.config import Config, dump_yaml, flatten
+from hjepa.config import Config, differences, dump_yaml, lineage
 from hjepa.distributed import World
 from hjepa.errors import FutileRetryError, HjepaError, PreemptedError, UserError
 from hjepa.losses import HierarchicalLoss
@@ -35,16 +35,10 @@ from hjepa.utils.checkpoint import CheckpointManager, SavedCheckpoint, good_chec
 from hjepa.utils.collapse import CollapseMonitor, collapse_of_levels
 from hjepa.utils.logging import MetricsLogger, ProgressLine, ProgressTracker, format_seconds, say, warn
 from hjepa.utils.scheduler import create_ema_scheduler, create_lr_scheduler, create_weight_decay_scheduler
+from hjepa.words import counted
 
 MAX_OVERFLOWS = 50  # float16 steps in a row that are skipped while the loss scale comes down, by halves
-VIEWS = tuple(f"data.{key}" for key in ("image_size", "channels", "crop_scale", "horizontal_flip"))
-LINEAGE = ("seed", "model.", "masking.", "loss.", "training.", *VIEWS)
 ORDER, RANDOM = "order of the images", "random"
-# May change on resume: where and how fast the same steps are taken, not which.
-ELASTIC = tuple(
-    f"training.{key}"
-    for key in ("device", "accumulation_steps", "use_amp", "amp_dtype", "parallel", "compile", "max_skipped")
-)
 
 Probe = Callable[[nn.Module], dict[str, float]]
 
@@ -657,7 +651,7 @@ class HJEPATrainer:
         self._saved_step = self.step
         if self.world.is_main:
             there = state.get("world_size", self.world.size)
-            elsewhere = "" if there == self.world.size else f" (saved by {_counted(there, 'rank')})"
+            elsewhere = "" if there == self.world.size else f" (saved by {counted(there, 'rank')})"
             say(f"resumed from {head['path']} at step {self.step} of {self.total_steps}{elsewhere}")
 
     def _barrier(self) -> None:
@@ -674,10 +668,7 @@ class HJEPATrainer:
         # A key that did not exist when the checkpoint was written had what is the default now.
         past = lineage(Config()) | {"images' digest": ours["images' digest"], ORDER: RANDOM}
         theirs = past | {key: value for key, value in theirs.items() if key in ours}
-        different = [
-            f"{key}: {theirs.get(key)} there, {ours[key]} here" for key in sorted(ours) if theirs.get(key) != ours[key]
-        ]
-        if different:
+        if different := differences(theirs, ours):
             raise UserError(
                 f"{path} was trained with other settings, and going on would mix two experiments. "
                 "Use the settings it was trained with, or another checkpoint.checkpoint_dir (in a pipeline: another "
@@ -692,8 +683,8 @@ class HJEPATrainer:
         ranks = "1 rank" if self.world.size == 1 else f"{self.world.size} ranks ({self.config.training.parallel})"
         say(
             f"training {trained / 1e6:.2f} M parameters on {self.device} in {precision}, {ranks}, "
-            f"{_counted(torch.get_num_threads(), 'thread')}: {_counted(self.total_steps, 'step')} of "
-            f"{_counted(self.config.training.batch_size, 'image')}, {_counted(self.core.num_levels, 'level')}"
+            f"{counted(torch.get_num_threads(), 'thread')}: {counted(self.total_steps, 'step')} of "
+            f"{counted(self.config.training.batch_size, 'image')}, {counted(self.core.num_levels, 'level')}"
         )
 
     # -- signals -----------------------------------------------------------------------------------------------------
@@ -715,19 +706,6 @@ class HJEPATrainer:
         raise PreemptedError(
             f"{name} at step {self.step} of {self.total_steps}: the state is saved, the run can be resumed"
         )
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def lineage(config: Config) -> dict[str, Any]:
-    """The settings that decide where the next step leads."""
-    settings = {key: value for key, value in flatten(config).items() if key.startswith(LINEAGE)}
-    elastic = set(ELASTIC)
-    if config.loss.regularizer.name != "none":
-        elastic.remove("training.accumulation_steps")  # its statistics are those of a micro-batch
-    return {key: value for key, value in settings.items() if key not in elastic}
 
 
 class _Handlers(AbstractContextManager[None]):

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hjepa.errors import HjepaError, UserError
+from hjepa.files import sync_folder
 from hjepa.utils.container import (
     SCHEMA,
     DamagedCheckpointError,
@@ -38,7 +39,6 @@ from hjepa.utils.container import (
     write_checkpoint,
     write_file,
 )
-from hjepa.utils.files import sync_folder
 
 __all__ = [
     "BEST",

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from hjepa.errors import HjepaError, UserError
-from hjepa.utils.files import sync_folder
+from hjepa.files import sync_folder
 
 SCHEMA = 2
 
