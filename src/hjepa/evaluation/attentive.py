@@ -77,10 +77,8 @@ def choose(train: Tokens, *, config: EvaluationConfig, num_classes: int) -> dict
         return dict.fromkeys(train.levels, grid[0])
     heads = {level: [new_head(train, config, num_classes, config.seeds[0]) for _ in grid] for level in train.levels}
     fit(train, heads, dict.fromkeys(train.levels, grid), used=~held_out, epochs=config.attentive_epochs)
-    answers = predict(train, heads, statistics=train)
-    correct = {
-        level: (found[:, held_out] == train.labels[held_out]).sum(dim=1).tolist() for level, found in answers.items()
-    }
+    answers = predict(train, heads, statistics=train, used=held_out)
+    correct = {level: (found == train.labels[held_out]).sum(dim=1).tolist() for level, found in answers.items()}
     return {level: grid[counts.index(max(counts))] for level, counts in correct.items()}
 
 
@@ -130,18 +128,21 @@ def fit(
 
 
 @torch.no_grad()
-def predict(source: Tokens, heads: Mapping[str, Sequence[Head]], *, statistics: Tokens) -> dict[str, Tensor]:
+def predict(
+    source: Tokens, heads: Mapping[str, Sequence[Head]], *, statistics: Tokens, used: Tensor | None = None
+) -> dict[str, Tensor]:
     """Level -> int64 [G, M], the class that each head gives each image.
 
     Args:
         statistics: The split whose mean and spread standardise the tokens.
+        used: bool [N], the images to answer for, M of them; None: all.
     """
     answers: dict[str, list[Tensor]] = {level: [] for level in heads}
-    for batch in source:
-        for tokens in torch.split(batch, BATCH):
-            views = standardised(tokens, statistics)
-            for level, members in heads.items():
-                answers[level].append(logits_of(members, views[level]).argmax(dim=2).cpu())
+    used = torch.ones(len(source.labels), dtype=torch.bool) if used is None else used
+    for tokens, _ in _steps(source, used):
+        views = standardised(tokens, statistics)
+        for level, members in heads.items():
+            answers[level].append(logits_of(members, views[level]).argmax(dim=2).cpu())
     return {level: torch.cat(found, dim=1) for level, found in answers.items()}
 
 
@@ -169,7 +170,7 @@ def logits_of(heads: Sequence[Head], tokens: Tensor) -> Tensor:
 
 
 def _steps(train: Tokens, used: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images to train on, at most ``BATCH`` at a time: tokens [B, N, D] and classes [B]."""
+    """The images that are used, at most ``BATCH`` at a time: tokens [B, N, D] and classes [B]."""
     start = 0
     for batch in train:
         for tokens in torch.split(batch, BATCH):

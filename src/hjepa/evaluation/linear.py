@@ -116,12 +116,13 @@ def fit(
         loss = l2 * weight.square().sum()
         weight_now, bias_now = weight.to(inputs.dtype), bias.to(inputs.dtype)
         for rows, classes in zip(torch.split(inputs, chunk_rows), torch.split(y, chunk_rows), strict=True):
-            log_probability = torch.addmm(bias_now, rows, weight_now.T).log_softmax(dim=1)  # [n, C]
-            loss -= log_probability.gather(1, classes[:, None]).sum(dtype=torch.float64) / len(inputs)
+            # Images run along the last dimension: a softmax over few classes is many times faster like this.
+            log_probability = torch.addmm(bias_now[:, None], weight_now, rows.T).log_softmax(dim=0)  # [C, n]
+            loss -= log_probability.gather(0, classes[None]).sum(dtype=torch.float64) / len(inputs)
             error = log_probability.exp_()
-            error.scatter_add_(1, classes[:, None], error.new_full((len(rows), 1), -1.0))
-            weight_gradient += (error.T @ rows).double() / len(inputs)
-            bias_gradient += error.sum(dim=0, dtype=torch.float64) / len(inputs)
+            error.scatter_add_(0, classes[None], error.new_full((1, len(rows)), -1.0))
+            weight_gradient += (error @ rows).double() / len(inputs)
+            bias_gradient += error.sum(dim=1, dtype=torch.float64) / len(inputs)
         weight.grad, bias.grad = weight_gradient, bias_gradient
         return loss.item()
 
