@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hjepa import cli_data
-from hjepa.adapters.datasets import StoredDataset, find, verify
+from hjepa.adapters.datasets import DamagedManifestError, StoredDataset, find, put_manifest, stored, verify
 from hjepa.adapters.s3 import S3Store
 from hjepa.config import DataConfig
 from hjepa.data import prepare
@@ -32,7 +32,8 @@ def upload(store: S3Store, folder: Path, name: str, seed: int = 0) -> StoredData
     key = f"datasets/{name}/{made.manifest['digest'][:16]}"
     for file in made.files:
         store.put_file(f"{key}/{file.key}", file.path, sha256=file.sha256)
-    store.put_json(f"{key}/dataset.json", {**made.manifest, "uri": store.uri(key)})
+    put_manifest(store, key, {**made.manifest, "uri": store.uri(key)})
+    store.put_json(f"datasets/{name}/recipes/0123456789abcdef.json", {"dataset": f"{key}/dataset.json"})
     return StoredDataset(key, made.manifest)
 
 
@@ -78,8 +79,9 @@ def test_find__by_name_digest_and_uri(store: S3Store, dataset: StoredDataset, tm
         assert find(store, wanted).key == dataset.key
     with pytest.raises(UserError, match=r"no data set 'cats'.*pets"):
         find(store, "cats")
-    with pytest.raises(UserError, match=r"hjepa data ls"):
-        find(store, store.uri("datasets/pets/nowhere"))
+    for nothing in ("datasets/pets/nowhere", "datasets/pets/0123456789abcdef"):
+        with pytest.raises(UserError, match=r"hjepa data ls"):
+            find(store, store.uri(nothing))
     upload(store, tmp_path, "pets", seed=1)
     with pytest.raises(UserError, match="2 data sets called pets: name one by its digest"):
         find(store, "pets")
@@ -122,3 +124,66 @@ def test_verify__finds_an_index_of_other_shards(store: S3Store, dataset: StoredD
     store.put_bytes(f"{dataset.key}/{index['key']}", content)
     index["sha256"] = hashlib.sha256(content).hexdigest()
     assert verify(store, dataset, lambda done, total: None) == ["train.index: it points outside the shards"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{}", "it lacks channels"),
+        (b"[]", "it is no JSON object"),
+        (b"{", "it is not valid JSON"),
+        (None, "another checksum than it says"),
+    ],
+)
+def test_manifest__damaged_one_hides_no_other_and_can_be_removed(
+    store: S3Store,
+    dataset: StoredDataset,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: bytes | None,
+    words: str,
+) -> None:
+    other = upload(store, tmp_path, "birds")
+    key = f"{dataset.key}/dataset.json"
+    store.put_bytes(key, content or store.get_bytes(key).replace(b'"samples": 60', b'"samples": 61'))
+    found, (damaged,) = stored(store)
+    assert [item.key for item in found] == [other.key]
+    assert words in str(damaged)
+    data(store, "ls")
+    said = capsys.readouterr()
+    assert "birds" in said.out
+    assert words in said.out + said.err
+    assert find(store, "birds").key == other.key
+    with pytest.raises(UserError, match=words):
+        find(store, "pets")
+    with pytest.raises(DamagedManifestError, match="hjepa data rm"):
+        data(store, "verify", store.uri(dataset.key))
+    data(store, "rm", store.uri(dataset.key), "--yes")
+    assert list(store.list("datasets/pets/")) == []
+    assert stored(store)[1] == []
+
+
+def test_rm__says_what_it_would_do_and_then_leaves_nothing(store: S3Store, dataset: StoredDataset) -> None:
+    before = len(list(store.list("datasets/pets/")))
+    with pytest.raises(UserError, match=r"this would delete .*Add --yes"):
+        data(store, "rm", "pets")
+    assert len(list(store.list("datasets/pets/"))) == before
+    data(store, "rm", "pets", "--yes")
+    assert list(store.list("datasets/pets/")) == []
+    with pytest.raises(UserError, match="no data set"):
+        data(store, "rm", "pets", "--yes")
+    with pytest.raises(UserError, match="nothing is there"):
+        data(store, "rm", store.uri(dataset.key), "--yes")
+
+
+@pytest.mark.parametrize("place", ["datasets/", "datasets/pets", "runs/demo/0123456789abcdef"])
+def test_rm__of_what_is_no_data_set_is_refused(store: S3Store, dataset: StoredDataset, place: str) -> None:
+    with pytest.raises(UserError, match="expected s3://"):
+        data(store, "rm", store.uri(place), "--yes")
+    assert stored(store)[0]
+
+
+def test_show__contact_sheet_that_is_gone(store: S3Store, dataset: StoredDataset, tmp_path: Path) -> None:
+    store.delete(f"{dataset.key}/{dataset.manifest['contact_sheet']['key']}")
+    with pytest.raises(HjepaError, match=r"is missing from S3; `hjepa data verify"):
+        data(store, "show", "pets", "--contact-sheet", str(tmp_path / "sheet.png"))

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hjepa.cli_models import add_row, console_of_any_width, plain_table
-from hjepa.errors import HjepaError
-from hjepa.utils.logging import format_seconds, say
+from hjepa.errors import HjepaError, UserError
+from hjepa.utils.logging import format_seconds, say, warn
 from hjepa.words import counted, in_bytes
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ def add_parser(
     command = add("show", show, "Show one: counts, statistics, quarantine, duplicates.")
     command.add_argument("--contact-sheet", type=Path, metavar="FILE", help="also save its contact sheet, a PNG")
     add("verify", verify, "Read every byte of one and check it against its checksum.")
+    command = add("rm", rm, "Delete one from S3; images that it was made from are not touched.")
+    command.add_argument("--yes", action="store_true", help="do it, instead of saying what would be deleted")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -59,9 +61,12 @@ def ls(options: argparse.Namespace) -> None:
     from hjepa.adapters import datasets
 
     store = options.open_store(options)
-    found = datasets.stored(store)
-    if not found:
+    found, damaged = datasets.stored(store)
+    for problem in damaged:
+        warn(str(problem))
+    if not found and not damaged:
         say(f"nothing is prepared in {store.uri(datasets.PREFIX)} yet; `hjepa prepare-data` makes the first data set")
+    if not found:
         return
     table = plain_table("data sets", "name", "digest", "images", "classes", "size", "quarantined", "uri")
     for item in found:
@@ -82,6 +87,7 @@ def ls(options: argparse.Namespace) -> None:
 
 def show(options: argparse.Namespace) -> None:
     from hjepa.adapters import datasets
+    from hjepa.adapters.s3 import ObjectNotFoundError
 
     store = options.open_store(options)
     item = datasets.find(store, options.dataset)
@@ -92,7 +98,13 @@ def show(options: argparse.Namespace) -> None:
     if options.contact_sheet is not None:
         if not sheet:
             raise HjepaError(f"{item.name} was prepared without a contact sheet; prepare it again for one")
-        store.download(f"{item.key}/{sheet['key']}", options.contact_sheet, sha256=sheet["sha256"])
+        try:
+            store.download(f"{item.key}/{sheet['key']}", options.contact_sheet, sha256=sheet["sha256"])
+        except ObjectNotFoundError:
+            raise HjepaError(
+                f"the contact sheet of {item.name} is missing from S3; `hjepa data verify {item.digest[:12]}` says "
+                "what else is"
+            ) from None
         say(f"{'contact sheet':<14} {options.contact_sheet}")
 
 
@@ -154,7 +166,23 @@ def verify(options: argparse.Namespace) -> None:
     if problems:
         raise HjepaError(
             "\n  ".join([f"{item.name} {item.digest[:12]} is damaged in {counted(len(problems), 'place')}:", *problems])
-            + f"\nDelete {store.uri(item.key)} and its recipe below {store.uri(f'datasets/{item.name}/recipes')}, and "
-            "prepare it again"
+            + f"\nRemove it with `hjepa data rm {item.digest[:12]} --yes`, and prepare it again"
         )
     say(f"all of it is as it was prepared ({format_seconds(time.monotonic() - begun)})")
+
+
+def rm(options: argparse.Namespace) -> None:
+    from hjepa.adapters import datasets
+
+    store = options.open_store(options)
+    # By its URI a data set can be removed whose manifest nobody can read.
+    given = options.dataset
+    key = datasets.folder_of(store, given) if given.startswith("s3://") else datasets.find(store, given).key
+    files = list(store.list(f"{key}/"))
+    if not files:
+        raise UserError(f"{store.uri(key)}: nothing is there; `hjepa data ls` lists what there is")
+    what = f"{store.uri(key)}, {counted(len(files), 'file')}, {in_bytes(sum(file.size for file in files))}"
+    if not options.yes:
+        raise UserError(f"this would delete {what}; runs that used it could not be evaluated again. Add --yes to do it")
+    datasets.remove(store, key)
+    say(f"deleted {what}")

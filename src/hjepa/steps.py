@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 import yaml
 
 from hjepa import __version__, sweep
-from hjepa.adapters import preflight
+from hjepa.adapters import datasets, preflight
 from hjepa.adapters.lifeline import die_with_parent
 from hjepa.adapters.s3 import ObjectNotFoundError, S3Store
 from hjepa.adapters.tracking import MetricStream, Tracker, tracking_uri
@@ -738,7 +738,7 @@ def prepare_data(*, resolved_path: str, dataset_path: str) -> None:
     key = prepare.prepared_key(source, run.config.data)[:16]
     known = _recipe(source, key)
     try:
-        manifest: Json = run.store.get_json(run.store.get_json(known)["dataset"])
+        manifest = datasets.load(run.store, str(Path(run.store.get_json(known)["dataset"]).parent)).manifest
         say("prepare_data: already done for these images, nothing to do")
     except ObjectNotFoundError:
         manifest = _prepare_and_upload(run, source, key)
@@ -801,7 +801,7 @@ def _prepare_and_upload(run: Run, source: Source, key: str) -> Json:
             else:
                 store.copy(f"{base}/{file.origin}", f"{folder}/{file.key}", sha256=file.sha256)
         manifest: Json = {**prepared.manifest, "uri": store.uri(folder)}
-        store.put_json(f"{folder}/dataset.json", manifest)
+        datasets.put_manifest(store, folder, manifest)
     return manifest
 
 

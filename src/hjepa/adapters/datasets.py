@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,15 +12,22 @@ from typing import Any
 import numpy as np
 
 from hjepa.adapters.s3 import ObjectNotFoundError, S3Store
+from hjepa.config import sha256_json
 from hjepa.data.shards import BLOCK, parse_index
 from hjepa.errors import HjepaError, UserError
 
 PREFIX = "datasets/"
 MANIFEST = "dataset.json"
+CHECKSUM = "sha256"  # in the manifest, of the rest of it
+NEEDED = {"name", "digest", "splits", "classes", "channels", "statistics", "quarantine", "source", "prepare"}
 PIECE = 8 << 20  # bytes read at a time
 SHORTEST_DIGEST = 4
 
 Json = dict[str, Any]
+
+
+class DamagedManifestError(HjepaError):
+    """A data set whose manifest is not what was written. The message says how to get rid of it."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +64,47 @@ class StoredDataset:
         return sum(int(file["bytes"]) for file in self.files())
 
 
-def stored(store: S3Store) -> list[StoredDataset]:
-    """Every complete data set, by name and digest: one without its manifest is still being uploaded."""
-    keys = [item.key for item in store.list(PREFIX) if item.key.endswith(f"/{MANIFEST}")]
-    found = [StoredDataset(key.removesuffix(f"/{MANIFEST}"), store.get_json(key)) for key in keys]
-    return sorted(found, key=lambda item: (item.name, item.digest))
+def put_manifest(store: S3Store, key: str, manifest: Mapping[str, Any]) -> None:
+    """Make the data set in the folder ``key`` complete: from now on others find it."""
+    store.put_json(f"{key}/{MANIFEST}", {**manifest, CHECKSUM: sha256_json(manifest)})
+
+
+def load(store: S3Store, key: str) -> StoredDataset:
+    """The data set in the folder ``key``.
+
+    Raises:
+        ObjectNotFoundError: there is none, or it is still being uploaded.
+        DamagedManifestError: its manifest is not what was written.
+    """
+    place = store.uri(f"{key}/{MANIFEST}")
+    remedy = f"`hjepa data rm {store.uri(key)} --yes` removes what is left of it; then prepare it again"
+    data = store.get_bytes(f"{key}/{MANIFEST}")
+    try:
+        manifest = json.loads(data)
+    except ValueError as error:
+        raise DamagedManifestError(f"{place} is damaged, it is not valid JSON: {error}. {remedy}") from None
+    if not isinstance(manifest, dict) or (missing := sorted(NEEDED - set(manifest))):
+        lacks = f"it lacks {', '.join(missing)}" if isinstance(manifest, dict) else "it is no JSON object"
+        raise DamagedManifestError(f"{place} is damaged, {lacks}. {remedy}")
+    expected = manifest.pop(CHECKSUM, None)  # those of earlier versions have none
+    if expected is not None and expected != sha256_json(manifest):
+        raise DamagedManifestError(f"{place} is damaged, its content has another checksum than it says. {remedy}")
+    return StoredDataset(key, manifest)
+
+
+def stored(store: S3Store) -> tuple[list[StoredDataset], list[DamagedManifestError]]:
+    """Every complete data set, by name and digest, and what is wrong with the others."""
+    found: list[StoredDataset] = []
+    damaged: list[DamagedManifestError] = []
+    for item in list(store.list(PREFIX)):
+        if item.key.endswith(f"/{MANIFEST}"):
+            try:
+                found.append(load(store, item.key.removesuffix(f"/{MANIFEST}")))
+            except DamagedManifestError as error:
+                damaged.append(error)
+            except ObjectNotFoundError:  # removed meanwhile
+                continue
+    return sorted(found, key=lambda item: (item.name, item.digest)), damaged
 
 
 def find(store: S3Store, wanted: str) -> StoredDataset:
@@ -68,14 +112,14 @@ def find(store: S3Store, wanted: str) -> StoredDataset:
 
     Raises:
         UserError: there is none, or more than one.
+        DamagedManifestError: the one at this URI is damaged.
     """
     if wanted.startswith("s3://"):
-        key = store.key_of(wanted.rstrip("/").removesuffix(f"/{MANIFEST}"))
         try:
-            return StoredDataset(key, store.get_json(f"{key}/{MANIFEST}"))
+            return load(store, folder_of(store, wanted))
         except ObjectNotFoundError:
             raise UserError(f"{wanted}: no {MANIFEST} there; `hjepa data ls` lists what there is") from None
-    everything = stored(store)
+    everything, damaged = stored(store)
     found = [item for item in everything if item.name == wanted]
     if not found and re.fullmatch(rf"[0-9a-f]{{{SHORTEST_DIGEST},64}}", wanted):
         found = [item for item in everything if item.digest.startswith(wanted)]
@@ -85,7 +129,29 @@ def find(store: S3Store, wanted: str) -> StoredDataset:
     if found:
         which = ", ".join(item.digest[:12] for item in found)
         raise UserError(f"there are {len(found)} data sets called {wanted}: name one by its digest: {which}")
-    raise UserError(f"no data set {wanted!r} in {store.uri(PREFIX)}: {known}")
+    raise UserError("\n  ".join([f"no data set {wanted!r} in {store.uri(PREFIX)}: {known}", *map(str, damaged)]))
+
+
+def folder_of(store: S3Store, uri: str) -> str:
+    """The key of the folder of a data set that a URI names. Raises UserError if it is no such URI."""
+    key = store.key_of(uri.rstrip("/").removesuffix(f"/{MANIFEST}"))
+    if not re.fullmatch(rf"{PREFIX}[^/]+/[0-9a-f]{{16}}", key):
+        raise UserError(f"{uri}: expected {store.uri(PREFIX)}NAME/DIGEST, as `hjepa data ls` shows it")
+    return key
+
+
+def remove(store: S3Store, key: str) -> int:
+    """Delete the data set in a folder, what leads to it first, so that nobody finds a half of it.
+
+    Returns:
+        How many objects were deleted.
+    """
+    files = [item.key for item in store.list(f"{key}/")]
+    recipes = [item.key for item in store.list(f"{key.rpartition('/')[0]}/recipes/")]
+    leading = [recipe for recipe in recipes if store.get_json(recipe)["dataset"] == f"{key}/{MANIFEST}"]
+    for each in [*leading, *sorted(files, key=lambda file: not file.endswith(f"/{MANIFEST}"))]:
+        store.delete(each)
+    return len(leading) + len(files)
 
 
 def verify(store: S3Store, dataset: StoredDataset, progress: Callable[[int, int], None]) -> list[str]:
