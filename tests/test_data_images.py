@@ -18,10 +18,12 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
+from hjepa.data import jpeg
 from hjepa.data.files import LocalFiles
 from hjepa.data.images import RejectedError, decode
+from hjepa.data.jpeg import decode_jpeg
 from hjepa.data.png import decode_unfiltered, encode_unfiltered
-from hjepa.data.transforms import decode_image
+from hjepa.data.transforms import decode_image, size_of
 
 LIMIT = 10_000_000
 
@@ -109,6 +111,43 @@ def test_decode__jpeg_that_only_pil_reads_is_encoded_anew(monkeypatch: pytest.Mo
     assert picture.suffix == "jpg"
     np.testing.assert_array_equal(decode_image(picture.encoded, 3).numpy().transpose(1, 2, 0), picture.pixels)
     assert psnr(picture.pixels, np.asarray(Image.open(io.BytesIO(data)))) > 35
+
+
+@pytest.mark.parametrize("subsampling", ["444", "422", "420", "440", "411", "Gray"])
+@pytest.mark.parametrize("height", [41, 64, 100])
+def test_decode_jpeg__first_rows_are_those_of_the_whole(subsampling: str, height: int) -> None:
+    pixels = np.asarray(photo(height, 90))
+    grey = subsampling == "Gray"
+    pixels = np.ascontiguousarray(pixels[..., :1] if grey else pixels)
+    data = simplejpeg.encode_jpeg(pixels, 90, "GRAY" if grey else "RGB", subsampling)
+    whole = decode_jpeg(data)
+    assert size_of(data) == whole.shape[:2] == (height, 90)
+    for rows in range(1, height + 3):
+        part = decode_jpeg(data, rows=rows)
+        assert min(rows, height) <= len(part) <= rows + 8
+        np.testing.assert_array_equal(part[:rows], whole[:rows])
+
+
+@pytest.mark.parametrize("options", [{"restart_marker_rows": 1}, {"progressive": True}, {"optimize": True}])
+def test_decode_jpeg__first_rows_of_other_kinds_of_files(options: dict[str, Any]) -> None:
+    data = encode(photo(70, 90), "JPEG", quality=80, **options)
+    whole = decode_jpeg(data)
+    for rows in (1, 20, 47, 70):
+        part = decode_jpeg(data, rows=rows)
+        np.testing.assert_array_equal(part[:rows], whole[:rows])
+        # Of a progressive file every scan has something of every row.
+        assert (len(part) == 70) == ("progressive" in options or rows > 61)
+
+
+def test_decode_jpeg__file_with_a_scan_per_colour_is_left_whole() -> None:
+    data = bytearray(encode(photo(70, 90), "JPEG"))
+    data[data.index(b"\xff\xda") + 4] = 1
+    assert jpeg._first_rows(bytes(data), 8) == bytes(data)
+    assert jpeg._first_rows(b"\xff\xd8\xff", 8) == b"\xff\xd8\xff"
+
+
+def test_size_of__png() -> None:
+    assert size_of(encode(photo(17, 30), "PNG")) == (17, 30)
 
 
 def test_decode__plain_png_keeps_its_bytes() -> None:

@@ -18,7 +18,17 @@ from PIL import Image
 from hjepa.config import DataConfig, validate
 from hjepa.data.cache import BlockCache, Remote
 from hjepa.data.datasets import open_source
-from hjepa.data.loader import EvalLoader, ShardDataset, TrainLoader, Windows, _tensors, global_batch, order
+from hjepa.data.loader import (
+    EvalLoader,
+    ShardDataset,
+    TrainLoader,
+    Windows,
+    _Parked,
+    _Slots,
+    _tensors,
+    global_batch,
+    order,
+)
 from hjepa.data.prepare import prepare
 from hjepa.data.sources import ArraySplit, Source
 from hjepa.data.transforms import eval_view, normalize
@@ -252,6 +262,25 @@ def test_masks__of_the_real_masking_function(photos: ShardDataset) -> None:
 class Nested:
     inner: Asked
     pair: tuple[np.ndarray[Any, Any], str]
+
+
+def test_workers__batches_that_are_kept_stay_as_they_were(photos: ShardDataset) -> None:
+    """Workers write images into memory that they use again and again."""
+    kept = list(loader(photos, num_workers=3).batches(0, 40))
+    for batch, alone in zip(kept, loader(photos).batches(0, 40), strict=True):
+        assert torch.equal(batch.images, alone.images)
+
+
+def test_parked__is_pinned_from_its_slot(photos: ShardDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # which needs no GPU
+    batch = loader(photos).batch(0, asked)
+    slots = _Slots(2, tuple(batch.images.shape))
+    slots.images[1, 2] = batch.images
+    parked = _Parked(replace(batch, images=None), slots.number, (1, 2), len(batch.images))  # type: ignore[arg-type]
+    pinned = parked.pin_memory()
+    slots.images.zero_()
+    assert torch.equal(pinned.images, batch.images)
+    assert isinstance(pinned.masks.context, torch.Tensor)
 
 
 def test_masks__any_structure_of_arrays_becomes_tensors() -> None:

@@ -62,7 +62,7 @@ def found(findings: list[Finding], name: str) -> Finding:
 @pytest.mark.usefixtures("stack_environment", "images")
 def test_check__everything_fine(tmp_path: Path) -> None:
     findings = check(config(tmp_path, storage__uri="s3://hjepa/preflight-fine"))
-    local = ["device", "shared memory", "export", "checkpoint disk", "cache disk", "logs"]
+    local = ["device", "export", "checkpoint disk", "cache disk", "logs"]
     names = ["masks", "S3", "MLflow", *local, "images"]
     assert [finding.name for finding in findings] == names
     assert [finding for finding in findings if not finding.ok] == []
@@ -141,14 +141,6 @@ def test_check__device_misspelt(tmp_path: Path) -> None:
     finding = found(check(config(tmp_path, training__device="gpu"), source=False), "device")
     assert not finding.ok
     assert "'gpu': expected auto, cpu, cuda or cuda:N" in finding.detail
-
-
-@pytest.mark.usefixtures("stack_environment")
-def test_check__shared_memory_too_small(tmp_path: Path) -> None:
-    large = config(tmp_path, data__num_workers=512, data__image_size=2048, training__batch_size=65536)
-    finding = found(check(large, source=False), "shared memory")
-    assert not finding.ok
-    assert "lower data.num_workers" in finding.remedy
 
 
 @pytest.mark.usefixtures("stack_environment")

@@ -275,7 +275,7 @@ class ClusterConfig(Section):
     gpu_resource: str = "nvidia.com/gpu"
     cpu: Quantity = "8"  # per node
     memory: Quantity = "64Gi"  # per node; /dev/shm counts
-    shm: Quantity = "16Gi"  # /dev/shm, through which loader processes hand over images
+    shm: Quantity = "16Gi"  # /dev/shm, which NCCL and PyTorch use between processes
     scratch: Quantity = "100Gi"  # /tmp: the shard cache and checkpoints on their way to S3
     node_selector: dict[str, str] = {}
     tolerations: tuple[Toleration, ...] = (Toleration(key="nvidia.com/gpu"),)

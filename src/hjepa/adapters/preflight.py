@@ -18,7 +18,6 @@ from hjepa.config import Config
 from hjepa.errors import HjepaError, UserError
 from hjepa.masks import MultiBlockMasking
 
-_SHARED_MEMORY = Path("/dev/shm")
 _SPARE_BYTES = 2**30  # free space wanted on top of what can be foreseen
 _TIMEOUT_SECONDS = 5
 _OTHER_REGION = re.compile(r"AuthorizationHeaderMalformed|PermanentRedirect|IllegalLocationConstraint|\b301\b")
@@ -47,7 +46,7 @@ def check(
     if servers:
         checks += [("S3", _storage), ("MLflow", _tracking)]
     if trains_here:
-        checks += [("device", _device), ("shared memory", _shared_memory), ("export", _export)]
+        checks += [("device", _device), ("export", _export)]
         checks += [("checkpoint disk", _checkpoint_disk), ("cache disk", _cache_disk), ("logs", _logs)]
     if source:
         checks.append(("images", _source))
@@ -144,25 +143,6 @@ def _device(config: Config) -> Finding:
     properties = torch.cuda.get_device_properties(index)
     memory = f"{properties.total_memory / 2**30:.0f} GiB"
     return Finding("device", True, f"training.device={wanted}: {present} x {properties.name}, {memory}")
-
-
-def _shared_memory(config: Config) -> Finding:
-    """Loader workers hand batches over in shared memory; a container that has too little dies of a bus error."""
-    data, workers = config.data, config.data.num_workers
-    if workers == 0 or not _SHARED_MEMORY.is_dir():
-        return Finding("shared memory", True, "not needed")
-    batch = config.training.batch_size // config.training.accumulation_steps
-    wanted = workers * batch * data.channels * data.image_size**2  # a batch per worker, a byte per value
-    free = shutil.disk_usage(_SHARED_MEMORY).free
-    if free < wanted:
-        return Finding(
-            "shared memory",
-            False,
-            f"{_SHARED_MEMORY} has {_gib(free)} free; {workers} loader workers with batches of {batch} "
-            f"need {_gib(wanted)} or more.",
-            "Enlarge it (docker run --shm-size, an emptyDir of medium Memory), or lower data.num_workers.",
-        )
-    return Finding("shared memory", True, f"{_gib(free)} free")
 
 
 def _checkpoint_disk(config: Config) -> Finding:

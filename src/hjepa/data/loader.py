@@ -6,6 +6,9 @@ a window of blocks, so that a block is fetched once per epoch and not once per i
 
 from __future__ import annotations
 
+import itertools
+import math
+import mmap
 import os
 import zlib
 from collections import deque
@@ -15,7 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -28,9 +32,11 @@ from hjepa.data.cache import GETS_IN_FLIGHT, ReadAhead, Remote, ShardStream
 from hjepa.data.shards import ShardReader, read_index
 from hjepa.data.transforms import (
     decode_image,
+    draw_view,
     eval_view,
     flips,
     is_random,
+    size_of,
     to_channels,
     train_view,
     view_rng,
@@ -346,7 +352,11 @@ class TrainLoader:
 
     def batches(self, start_step: int, stop_step: int, masking_fn: MaskingFn | None = None) -> Iterator[Batch]:
         """The batches of steps ``start_step`` to ``stop_step - 1``, made ahead of their use, each with its masks."""
-        steps, make = range(start_step, stop_step), partial(self.batch, masking_fn=masking_fn)
+        steps = range(start_step, stop_step)
+
+        def make(step: int, out: Tensor | None = None) -> Batch:
+            return self.batch(step, masking_fn, out)
+
         workers = self.num_workers
         if self._stream is not None:
             yield from self._streamed(steps, make)
@@ -357,22 +367,31 @@ class TrainLoader:
                 # On a CPU a second thread would only fight training for the cores.
                 yield from (make(step).with_tensors() for step in steps)
                 return
-        made: Iterator[Batch] = _produce(make, steps, num_workers=workers, pin_memory=self.pin_memory)
-        yield from (batch.with_tensors() for batch in made)
+        for batch in self._produce(make, steps, workers):
+            yield batch.with_tensors()
 
-    def _streamed(self, steps: range, make: Callable[[int], Batch]) -> Iterator[Batch]:
+    def _produce(self, make: Make[Batch], steps: range, num_workers: int) -> Iterator[Batch]:
+        shape = (self.batch_size // self.world_size, self.channels, self.image_size, self.image_size)
+        return _produce(make, steps, shape=shape, num_workers=num_workers, pin_memory=self.pin_memory)
+
+    def _streamed(self, steps: range, make: Make[Batch]) -> Iterator[Batch]:
         """The batches of a set that is read from a store, with the blocks that they need fetched before."""
         assert self._stream is not None
         needs = partial(block_needs, self._stream, self._order_of)
         with _reading_ahead(self._stream, needs, make, self.batch_size, self._ahead, self.num_workers) as make:
-            for batch in _produce(make, steps, num_workers=self.num_workers, pin_memory=self.pin_memory):
+            for batch in self._produce(make, steps, self.num_workers):
                 yield batch.with_tensors()
 
     def _order_of(self, epoch: int) -> NDArray[np.int64]:
         n = len(self.dataset)
         return _cached_order(self.seed, epoch, n, self._windows) if self.shuffle else np.arange(n)
 
-    def batch(self, step: int, masking_fn: MaskingFn | None = None) -> Batch:
+    def batch(self, step: int, masking_fn: MaskingFn | None = None, out: Tensor | None = None) -> Batch:
+        """This rank's part of a step's batch.
+
+        Args:
+            out: uint8 (b, C, S, S), where the images may be put.
+        """
         samples, epochs = global_batch(
             step,
             batch_size=self.batch_size,
@@ -392,11 +411,11 @@ class TrainLoader:
             epochs=epochs[mine],
             global_samples=samples,
             global_epochs=epochs,
-            images=self._views(samples[mine], epochs[mine]),
+            images=self._views(samples[mine], epochs[mine], out),
             masks=masks,
         )
 
-    def _views(self, samples: NDArray[np.int64], epochs: NDArray[np.int64]) -> Tensor:
+    def _views(self, samples: NDArray[np.int64], epochs: NDArray[np.int64], out: Tensor | None) -> Tensor:
         rngs = [
             view_rng(self.seed, epoch, sample) if is_random(self.crop_scale, self.horizontal_flip) else None
             for sample, epoch in zip(samples.tolist(), epochs.tolist(), strict=True)
@@ -405,21 +424,14 @@ class TrainLoader:
             views = self._uncropped[torch.from_numpy(samples)]
             flipped = torch.tensor([rng is not None and flips(rng) for rng in rngs], dtype=torch.bool)
             return torch.where(flipped[:, None, None, None], views.flip(-1), views) if flipped.any() else views
-        views = torch.empty((len(samples), self.channels, self.image_size, self.image_size), dtype=torch.uint8)
-        if torch.utils.data.get_worker_info() is not None:
-            views.share_memory_()  # type: ignore[no-untyped-call]  # now: when it is sent, all of it would be copied
+        shape = (len(samples), self.channels, self.image_size, self.image_size)
+        views = torch.empty(shape, dtype=torch.uint8) if out is None else out
         # In random order a first batch is all over the set, so that its blocks are nearly the whole of it.
         sparse = self._windows is None or self._batches_made < PREFETCHED_BATCHES
         self._batches_made += 1
         encoded = self._encoded(samples.tolist(), sparse)
         for k, (sample, rng, data) in enumerate(zip(samples.tolist(), rngs, encoded, strict=True)):
-            views[k] = train_view(
-                self._image(sample, data),
-                image_size=self.image_size,
-                crop_scale=self.crop_scale,
-                horizontal_flip=self.horizontal_flip,
-                rng=rng,
-            )
+            views[k] = self._view(sample, data, rng)
         return views
 
     def _encoded(self, samples: list[int], sparse: bool) -> Sequence[bytes | None]:
@@ -427,10 +439,15 @@ class TrainLoader:
             return [None] * len(samples)
         return self.dataset.encoded(samples, sparse=sparse)
 
-    def _image(self, sample: int, data: bytes | None) -> Tensor:
+    def _view(self, sample: int, data: bytes | None, rng: np.random.Generator | None) -> Tensor:
+        """(C, S, S), for which no more of the image is decoded than the crop needs."""
+        settings: Any = {"crop_scale": self.crop_scale, "horizontal_flip": self.horizontal_flip, "rng": rng}
         if self._decoded is not None:
-            return self._decoded[sample]
-        return to_channels(torch.from_numpy(self.dataset.read(sample, data)[0]), self.channels)
+            return train_view(self._decoded[sample], image_size=self.image_size, **settings)
+        data = self.dataset.read_bytes(sample) if data is None else data
+        view = draw_view(*size_of(data), **settings)
+        image = decode_image(data, self.dataset.channels, rows=view.top + view.height)
+        return view.cut(to_channels(image, self.channels), self.image_size)
 
 
 # -- evaluation ------------------------------------------------------------------------------------------------------
@@ -505,7 +522,8 @@ class EvalLoader:
         return -(-self.samples // self.batch_size)
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        produce = partial(_produce, num_workers=self.num_workers, pin_memory=self.pin_memory)
+        shape = (self.batch_size, self.channels, self.image_size, self.image_size)
+        produce = partial(_produce, shape=shape, num_workers=self.num_workers, pin_memory=self.pin_memory)
         stream = self.dataset.stream
         if stream is None:
             yield from produce(self.batch, range(len(self)))
@@ -519,10 +537,12 @@ class EvalLoader:
         with _reading_ahead(stream, needs, self.batch, self.batch_size, window, self.num_workers) as make:
             yield from produce(make, range(len(self)))
 
-    def batch(self, number: int) -> EvalBatch:
+    def batch(self, number: int, out: Tensor | None = None) -> EvalBatch:
+        """Args as those of ``TrainLoader.batch``."""
         start = number * self.batch_size
         stop = min(start + self.batch_size, self.samples)
-        views = torch.empty((stop - start, self.channels, self.image_size, self.image_size), dtype=torch.uint8)
+        shape = (stop - start, self.channels, self.image_size, self.image_size)
+        views = torch.empty(shape, dtype=torch.uint8) if out is None else out[: stop - start]
         encoded = self.dataset.encoded(range(start, stop), sparse=False)
         for k, i in enumerate(range(start, stop)):
             image = to_channels(torch.from_numpy(self.dataset.read(i, encoded[k])[0]), self.channels)
@@ -559,16 +579,16 @@ def block_needs(
 def _reading_ahead(
     stream: ShardStream,
     needs: Callable[[int], Iterator[tuple[int, int]]],
-    make: Callable[[int], T],
+    make: Make[M],
     batch_size: int,
     blocks: int,
     num_workers: int,
-) -> Iterator[Callable[[int], T]]:
+) -> Iterator[Make[M]]:
     """``make`` that also tells where it is: each process that makes batches fetches the blocks to come beside it."""
     ahead = ReadAhead(stream, needs, blocks=blocks, threads=max(1, GETS_IN_FLIGHT // max(1, num_workers)))
 
-    def make_one(number: int) -> T:
-        made = make(number)
+    def make_one(number: int, out: Tensor | None = None) -> M:
+        made = make(number, out)
         ahead.at((number + 1) * batch_size)  # after it: a first batch, which training waits for, goes first
         return made
 
@@ -581,12 +601,35 @@ def _reading_ahead(
 # -- making batches ahead of their use -------------------------------------------------------------------------------
 
 
+class Made(Protocol):
+    """A batch that another process or thread has made."""
+
+    @property
+    def images(self) -> Tensor: ...
+
+    def pin_memory(self) -> Any: ...
+
+
+M = TypeVar("M", bound=Made)
+M_co = TypeVar("M_co", bound=Made, covariant=True)
+
+
+class Make(Protocol[M_co]):
+    def __call__(self, number: int, out: Tensor | None = None, /) -> M_co: ...
+
+
 def _produce(
-    make: Callable[[int], Any], numbers: Sequence[int], *, num_workers: int, pin_memory: bool
-) -> Iterator[Any]:
+    make: Make[M], numbers: Sequence[int], *, shape: tuple[int, ...], num_workers: int, pin_memory: bool
+) -> Iterator[M]:
+    """The batches of these numbers, in order.
+
+    Args:
+        shape: Of the images of the largest batch.
+    """
     if num_workers > 0 and len(numbers) > 0:
+        slots = _Slots(num_workers, shape)
         loader = DataLoader(
-            _Numbered(make),
+            _Numbered(make, slots),
             batch_size=None,
             sampler=numbers,
             num_workers=num_workers,
@@ -600,20 +643,74 @@ def _produce(
         for made in loader:
             if isinstance(made, HjepaError):
                 raise made
-            yield made
+            yield made.collect() if isinstance(made, _Parked) else made
     else:
         yield from _ahead((lambda number: make(number).pin_memory()) if pin_memory else make, numbers)
 
 
+class _Slots:
+    """Memory for images that is shared with forked workers: they write there, and send a batch without its images.
+
+    The receiver copies them out. That takes a fraction of the time of shared memory of a batch's own, whose pages the
+    kernel makes, clears and maps anew for each. It is anonymous, and so is no part of /dev/shm.
+
+    A worker begins its n-th batch only when its (n - PREFETCHED_BATCHES)-th has been asked for, while the receiver may
+    still copy that one; so it has one slot more.
+    """
+
+    _open: ClassVar[WeakValueDictionary[int, _Slots]] = WeakValueDictionary()  # in the receiver
+    _numbers: ClassVar[Iterator[int]] = itertools.count()
+
+    def __init__(self, workers: int, shape: tuple[int, ...]):
+        size = (workers, PREFETCHED_BATCHES + 1, *shape)
+        self.images = torch.frombuffer(mmap.mmap(-1, math.prod(size)), dtype=torch.uint8).view(size)
+        self.number = next(self._numbers)
+        self._open[self.number] = self
+
+    @classmethod
+    def numbered(cls, number: int) -> _Slots:
+        return cls._open[number]
+
+
+@dataclass(frozen=True)
+class _Parked:
+    """A batch on its way from a worker, with its images in a slot."""
+
+    batch: Any
+    slots: int
+    slot: tuple[int, int]
+    count: int  # images
+
+    @property
+    def _images(self) -> Tensor:
+        return _Slots.numbered(self.slots).images[self.slot][: self.count]
+
+    def collect(self) -> Any:
+        return replace(self.batch, images=self._images.clone())
+
+    def pin_memory(self) -> Any:
+        return replace(self.batch, images=self._images).pin_memory()
+
+
 class _Numbered(Dataset[Any]):
-    def __init__(self, make: Callable[[int], Any]):
-        self.make = make
+    def __init__(self, make: Make[Any], slots: _Slots):
+        self.make, self.slots = make, slots
+        self._made = 0  # by this worker
 
     def __getitem__(self, number: int) -> Any:
+        worker = torch.utils.data.get_worker_info()
+        assert worker is not None
+        slot = worker.id, self._made % self.slots.images.shape[1]
+        self._made += 1
+        out = self.slots.images[slot]
         try:
-            return self.make(number)
+            made = self.make(number, out)
         except HjepaError as error:
             return error  # raised in a worker, its message would arrive inside a traceback
+        count = len(made.images)
+        if made.images.data_ptr() != out.data_ptr():
+            out[:count] = made.images
+        return _Parked(replace(made, images=None), self.slots.number, slot, count)
 
 
 def _start_worker(worker: int, *, parent: int) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,13 +25,24 @@ ASPECT_RANGE = (3 / 4, 4 / 3)  # width / height of a random crop
 CROP_ATTEMPTS = 10
 
 
-def decode_image(data: bytes, channels: int) -> Tensor:
+def size_of(data: bytes) -> tuple[int, int]:
+    """Height and width of a JPEG or PNG."""
+    if data.startswith(jpeg.MAGIC):
+        return jpeg.size_of_jpeg(data)
+    width, height = struct.unpack_from(">II", data, 16)  # the header is the first chunk
+    return height, width
+
+
+def decode_image(data: bytes, channels: int, *, rows: int | None = None) -> Tensor:
     """A JPEG or PNG of 8-bit grey or RGB samples as uint8 (channels, H, W).
 
     ``prepare`` has decoded every image in the same way, so that none of its own can fail here.
+
+    Args:
+        rows: How many of the first rows are needed; the picture may end anywhere below them.
     """
     if data.startswith(jpeg.MAGIC):
-        array = jpeg.decode_jpeg(data)
+        array = jpeg.decode_jpeg(data, rows=rows)
     else:
         # The plugin itself: ``Image.open`` would try formats and refuse sizes that ``prepare`` has let through.
         unfiltered = decode_unfiltered(data)
@@ -70,10 +83,56 @@ def eval_view(image: Tensor, image_size: int) -> Tensor:
     Returns:
         uint8 (C, S, S) or (B, C, S, S).
     """
-    height, width = image.shape[-2:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
+    top, left, side, _ = centre_square(*image.shape[-2:])
     return resize(image[..., top : top + side, left : left + side], image_size, image_size)
+
+
+def centre_square(height: int, width: int) -> tuple[int, int, int, int]:
+    """(top, left, height, width)."""
+    side = min(height, width)
+    return (height - side) // 2, (width - side) // 2, side, side
+
+
+class View(NamedTuple):
+    """A part of an image, in its pixels, and whether it is mirrored."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    mirrored: bool
+
+    def cut(self, image: Tensor, image_size: int) -> Tensor:
+        """uint8 (C, H, W) on the CPU, of which rows below the part may be missing -> uint8 (C, S, S)."""
+        part = image[:, self.top : self.top + self.height, self.left : self.left + self.width]
+        view = resize(part, image_size, image_size)
+        return view.flip(-1) if self.mirrored else view
+
+
+def draw_view(
+    height: int,
+    width: int,
+    *,
+    crop_scale: tuple[float, float],
+    horizontal_flip: bool,
+    rng: np.random.Generator | None,
+) -> View:
+    """A random resized crop and flip; the evaluation view where neither is asked for.
+
+    Args:
+        crop_scale: Range of the crop's share of the image's area; (1, 1) turns cropping off.
+        rng: From ``view_rng``; None only where ``is_random`` says that nothing is drawn.
+    """
+    if tuple(crop_scale) == (1.0, 1.0):
+        box = centre_square(height, width)
+    else:
+        assert rng is not None
+        box = crop_box(height, width, crop_scale, rng)
+    mirrored = False
+    if horizontal_flip:
+        assert rng is not None
+        mirrored = flips(rng)
+    return View(*box, mirrored)
 
 
 def train_view(
@@ -84,23 +143,9 @@ def train_view(
     horizontal_flip: bool,
     rng: np.random.Generator | None,
 ) -> Tensor:
-    """A random resized crop and flip of uint8 (C, H, W); the evaluation view where neither is asked for.
-
-    Args:
-        crop_scale: Range of the crop's share of the image's area; (1, 1) turns cropping off.
-        rng: From ``view_rng``; None only where ``is_random`` says that nothing is drawn.
-    """
-    if tuple(crop_scale) == (1.0, 1.0):
-        view = eval_view(image, image_size)
-    else:
-        assert rng is not None
-        top, left, height, width = crop_box(image.shape[-2], image.shape[-1], crop_scale, rng)
-        view = resize(image[:, top : top + height, left : left + width], image_size, image_size)
-    if horizontal_flip:
-        assert rng is not None
-        if flips(rng):
-            view = view.flip(-1)
-    return view
+    """The view of uint8 (C, H, W) that ``draw_view`` draws, which has the other arguments: uint8 (C, S, S)."""
+    view = draw_view(*image.shape[-2:], crop_scale=crop_scale, horizontal_flip=horizontal_flip, rng=rng)
+    return view.cut(image, image_size)
 
 
 def flips(rng: np.random.Generator) -> bool:
@@ -128,8 +173,7 @@ def crop_box(
             top = int(rng.integers(height - crop_height + 1))
             left = int(rng.integers(width - crop_width + 1))
             return top, left, crop_height, crop_width
-    side = min(height, width)  # no crop of that area fits a strip this long
-    return (height - side) // 2, (width - side) // 2, side, side
+    return centre_square(height, width)  # no crop of that area fits a strip this long
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
