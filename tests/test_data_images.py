@@ -18,7 +18,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from hjepa.data import jpeg
+from hjepa.data import images, jpeg
 from hjepa.data.files import LocalFiles
 from hjepa.data.images import RejectedError, decode
 from hjepa.data.jpeg import decode_jpeg
@@ -507,3 +507,34 @@ def test_short_side__arrays_and_turned_jpegs_are_reduced_too() -> None:
     assert turned.pixels.shape == (96, 64, 3)
     upright = photo(200, 300).transpose(Image.Transpose.ROTATE_270).resize((64, 96), Image.Resampling.BILINEAR)
     assert psnr(Image.fromarray(turned.pixels).convert("L"), upright.convert("L")) > 30
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_decode__large_transparent_pictures_are_put_on_white_in_bands(
+    monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    opaque = photo(67, 50)
+    if mode == "P":
+        image, options = opaque.quantize(16), {"transparency": 3}
+    else:
+        image, options = opaque.convert(mode), {}
+        image.putalpha(Image.fromarray(np.arange(67 * 50, dtype=np.uint8).reshape(67, 50)))
+    data = encode(image, "PNG", **options)
+    whole = decode(data, max_pixels=LIMIT)
+    monkeypatch.setattr(images, "BAND_BYTES", 10 * 4 * 50)
+    np.testing.assert_array_equal(decode(data, max_pixels=LIMIT).pixels, whole.pixels)
+    assert (whole.pixels == 255).any()
+
+
+def test_decode__one_large_picture_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = []
+
+    class Watched(contextlib.AbstractContextManager[None]):
+        def __exit__(self, *error: object) -> None:
+            held.append("done")
+
+    monkeypatch.setattr(images, "LARGE_PIXELS", 1000)
+    for size in ((40, 60), (10, 10)):
+        for kind in ("JPEG", "PNG", "BMP"):
+            decode(encode(photo(*size), kind), max_pixels=LIMIT, one_at_a_time=Watched())
+    assert len(held) == 3

@@ -96,6 +96,19 @@ def test_prepare__reduced_images_are_the_same_on_any_number_of_workers(folder: D
     assert whole.manifest["digest"] != one.manifest["digest"]
 
 
+def test_prepare__large_images_wait_on_the_disk_and_leave_nothing_there(
+    folder: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = prepare(open_source(folder), folder, tmp_path / "usual", workers=2)
+    monkeypatch.setattr("hjepa.data.prepare.SPOOLED_BYTES", 100)
+    monkeypatch.setattr("hjepa.data.images.LARGE_PIXELS", 10)
+    spooled = prepare(open_source(folder), folder, tmp_path / "spooled", workers=2)
+    assert spooled.manifest == usual.manifest
+    assert sorted(path.name for path in (tmp_path / "spooled").iterdir()) == sorted(
+        path.name for path in (tmp_path / "usual").iterdir()
+    )
+
+
 def test_prepared_key__follows_the_quality_only_where_images_are_reduced(folder: DataConfig) -> None:
     def key(**settings: Any) -> str:
         data = folder.model_copy(update=settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from hjepa.data.sources import Payload
 # Formats that decode in this process alone; PIL would hand others, such as EPS, to an external interpreter.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
 ORIENTATION = 0x0112  # EXIF tag
+LARGE_PIXELS = 16_000_000  # decoding a larger picture takes up to a gigabyte, so it is done one at a time
+BAND_BYTES = 64_000_000  # of a picture that is worked on a few rows at a time
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -51,12 +54,20 @@ class Picture:
     suffix: str  # "jpg" or "png"
 
 
-def decode(payload: Payload, *, max_pixels: int, short_side: int | None = None, jpeg_quality: int = 90) -> Picture:
+def decode(
+    payload: Payload,
+    *,
+    max_pixels: int,
+    short_side: int | None = None,
+    jpeg_quality: int = 90,
+    one_at_a_time: AbstractContextManager[Any] | None = None,
+) -> Picture:
     """Decode once, and keep the file's own bytes where they need no change.
 
     Args:
         short_side: Pixels that the short side of a larger picture is reduced to; None keeps every size.
         jpeg_quality: Of a JPEG that was reduced. Pictures from other files are stored without loss.
+        one_at_a_time: Held while a picture of more than ``LARGE_PIXELS`` is decoded.
 
     Raises:
         RejectedError: whatever is wrong with the payload.
@@ -67,7 +78,7 @@ def decode(payload: Payload, *, max_pixels: int, short_side: int | None = None, 
             return _lossless(image if image.mode in ("L", "RGB") else _visible(image), short_side)
         if isinstance(payload, Image.Image):
             return _lossless(_visible(payload), short_side)
-        return _decode_file(payload, max_pixels, short_side, jpeg_quality)
+        return _decode_file(payload, max_pixels, short_side, jpeg_quality, one_at_a_time or nullcontext())
     except DECODE_ERRORS as error:
         if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
             raise RejectedError("too-many-pixels", str(error)) from None
@@ -75,7 +86,13 @@ def decode(payload: Payload, *, max_pixels: int, short_side: int | None = None, 
         raise RejectedError(reason, f"{type(error).__name__}: {error}") from None
 
 
-def _decode_file(data: bytes, max_pixels: int, short_side: int | None, jpeg_quality: int) -> Picture:
+def _decode_file(
+    data: bytes,
+    max_pixels: int,
+    short_side: int | None,
+    jpeg_quality: int,
+    one_at_a_time: AbstractContextManager[Any],
+) -> Picture:
     if not data:
         raise RejectedError("empty", "the file has no bytes")
     try:
@@ -87,8 +104,13 @@ def _decode_file(data: bytes, max_pixels: int, short_side: int | None, jpeg_qual
         raise RejectedError(
             "too-many-pixels", f"{width} x {height} = {width * height} pixels, data.max_pixels is {max_pixels}"
         )
-    if image.format in ("JPEG", "MPO"):
-        return _decode_photo(image, data, short_side, jpeg_quality)
+    with one_at_a_time if width * height > LARGE_PIXELS else nullcontext():
+        if image.format in ("JPEG", "MPO"):
+            return _decode_photo(image, data, short_side, jpeg_quality)
+        return _decode_other(image, data, short_side)
+
+
+def _decode_other(image: Image.Image, data: bytes, short_side: int | None) -> Picture:
     image.load()
     if image.format == "PNG":
         _match_transparency(image, depth=data[24])
@@ -185,15 +207,25 @@ def _visible(image: Image.Image) -> Image.Image:
         values = np.asarray(image)
         return Image.fromarray(np.where(values == key, np.uint8(255), _eight_bits(values)))
     if image.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info:
-        grey = image.mode in ("L", "LA", "La")
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, rgba).convert("L" if grey else "RGB")
+        return _on_white(image)
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_eight_bits(np.asarray(image)))
     if image.mode in ("L", "RGB"):
         return image
     return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """A few rows at a time: all of them in four channels, and once more on white, would take many times the memory."""
+    opaque = Image.new("L" if image.mode in ("L", "LA", "La") else "RGB", image.size)
+    rows = max(1, BAND_BYTES // (4 * image.width))
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        if (key := image.info.get("transparency")) is not None:
+            band.info["transparency"] = key
+        white = Image.new("RGBA", band.size, "white")
+        opaque.paste(Image.alpha_composite(white, band.convert("RGBA")).convert(opaque.mode), (0, top))
+    return opaque
 
 
 def _eight_bits(values: NDArray[Any]) -> NDArray[np.uint8]:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.synchronize import Lock
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ from hjepa.data.shards import Index, ShardWriter, StoredFile, encode_index, read
 from hjepa.data.sources import MIN_TRAIN_IMAGES, Source, Split, require_train_images
 from hjepa.data.workers import begin
 from hjepa.errors import HjepaError, UserError
+from hjepa.files import file_sha256
 
 FORMAT = 3  # raised when the same images would give other shards
 REPORT = "quarantine.jsonl"
@@ -47,6 +49,7 @@ DUPLICATES = "duplicates.jsonl"
 SHEET = "contact-sheet.png"
 REPORT_SECONDS = 1.0
 SCRATCH_NAME = re.compile(r"prepare-(?P<pid>\d+)-(?P<started>\d+)-(?P<host>.+)-[^-]+")
+SPOOLED_BYTES = 1_000_000  # an encoded image that is larger waits for its turn on the disk
 CLOCK_TOLERANCE_SECONDS = 5.0  # start times are read off a clock that may have been set in between
 
 
@@ -201,7 +204,7 @@ def prepare_parts(
         # Workers inherit the source instead of receiving it: millions of names need not be sent.
         mp_context=multiprocessing.get_context("fork"),
         initializer=_start_worker,
-        initargs=(source.splits, data, os.getpid()),
+        initargs=(source.splits, data, workdir, multiprocessing.get_context("fork").Lock(), os.getpid()),
     )
     try:
         results = _in_order(pool, source, wanted, in_flight=3 * workers)
@@ -228,7 +231,7 @@ def prepare_parts(
 
 class _Sample(NamedTuple):
     number: int  # in the split of the source
-    encoded: bytes
+    encoded: bytes | Path  # a file of its own, if it is large
     suffix: str
     label: int | None
     content: bytes  # sha256 of the pixels
@@ -298,14 +301,18 @@ def _prepare_part(
                     if len(examples) < 3:
                         examples.append(f"{result.name!a} ({result.reason})")
                     continue
+                encoded = result.encoded
+                if isinstance(encoded, Path):
+                    path, encoded = encoded, encoded.read_bytes()
+                    path.unlink()
                 writer.add(
-                    result.encoded,
+                    encoded,
                     number=result.number,
                     suffix=result.suffix,
                     label=result.label,
                     crc32=result.crc32,
                 )
-                stored += len(result.encoded)
+                stored += len(encoded)
                 hasher.update(result.content + f" {result.label}\n".encode())
                 if result.perceptual is not None:
                     prints.write(result.content[7::-1] + result.perceptual.to_bytes(8, "little"))
@@ -328,7 +335,7 @@ def _prepare_part(
         reasons=reasons,
         examples=examples,
         thumbnails=thumbnails,
-        sidecars={kind: _sha256(workdir / part.file(kind)) for kind in SIDECARS},
+        sidecars={kind: file_sha256(workdir / part.file(kind)) for kind in SIDECARS},
     )
 
 
@@ -355,15 +362,17 @@ def _in_order(
 class _Task:
     splits: Mapping[str, Split]
     data: DataConfig
+    folder: Path  # for large images on their way
+    large: Lock  # held by whoever decodes one
     shown: Set[int]  # numbers of the training images on the contact sheet
 
 
 _task: _Task  # set once in each worker
 
 
-def _start_worker(splits: Mapping[str, Split], data: DataConfig, parent: int) -> None:
+def _start_worker(splits: Mapping[str, Split], data: DataConfig, folder: Path, large: Lock, parent: int) -> None:
     global _task
-    _task = _Task(splits, data, contact_sheet.shown(len(splits["train"])))
+    _task = _Task(splits, data, folder, large, contact_sheet.shown(len(splits["train"])))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     begin(parent)
@@ -388,13 +397,19 @@ def _sample(split: Split, i: int, *, shown: bool) -> _Sample:
     except DECODE_ERRORS as error:
         raise RejectedError("unreadable", f"{type(error).__name__}: {error}") from None
     data = _task.data
-    picture = decode(payload, max_pixels=data.max_pixels, short_side=data.short_side, jpeg_quality=data.jpeg_quality)
+    picture = decode(
+        payload,
+        max_pixels=data.max_pixels,
+        short_side=data.short_side,
+        jpeg_quality=data.jpeg_quality,
+        one_at_a_time=_task.large,
+    )
     height, width = picture.pixels.shape[:2]
     content = hashlib.sha256(f"{'L' if picture.pixels.ndim == 2 else 'RGB'} {width} {height}\n".encode())
     content.update(np.ascontiguousarray(picture.pixels).data)
     return _Sample(
         number=i,
-        encoded=picture.encoded,
+        encoded=_spooled(picture.encoded),
         suffix=picture.suffix,
         label=label,
         content=content.digest(),
@@ -404,6 +419,15 @@ def _sample(split: Split, i: int, *, shown: bool) -> _Sample:
         perceptual=perceptual_hash(Image.fromarray(picture.pixels)) if data.find_duplicates else None,
         thumbnail=contact_sheet.thumbnail(picture.pixels) if shown else None,
     )
+
+
+def _spooled(encoded: bytes) -> bytes | Path:
+    """A few dozen images wait for their turn at any time: of large ones in files."""
+    if len(encoded) <= SPOOLED_BYTES:
+        return encoded
+    with tempfile.NamedTemporaryFile(dir=_task.folder, prefix="large-", delete=False) as file:
+        file.write(encoded)
+    return Path(file.name)
 
 
 def _moments(pixels: NDArray[np.uint8], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -583,13 +607,8 @@ def _write(path: Path, content: bytes, samples: int = 0) -> StoredFile:
     return StoredFile(path.name, path, len(content), hashlib.sha256(content).hexdigest(), samples)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _stored(path: Path, samples: int) -> StoredFile:
-    return StoredFile(path.name, path, path.stat().st_size, _sha256(path), samples)
+    return StoredFile(path.name, path, path.stat().st_size, file_sha256(path), samples)
 
 
 def _facts(file: StoredFile) -> dict[str, Any]:
