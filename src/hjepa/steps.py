@@ -410,7 +410,7 @@ def _trained_otherwise(run: str, tree: Config) -> str:
     return "\n    ".join(
         [
             f"run {run} was trained with other settings, and going on would mix two experiments. Use the settings it "
-            "was trained with, or another name of the run",
+            "was trained with, or another name of the run (--run NAME, in a pipeline run=NAME)",
             *different,
         ]
     )
@@ -450,7 +450,7 @@ def _open_run(
         params={key: value for key, value in flatten(tree).items() if not key.startswith("cluster.")},
         injected=parent is None,
         # What has not trained yet can still become another run; MLflow itself changes no parameter.
-        anew=known is not None and bool(_changed(known.config, tree)),
+        anew=known is not None and bool(_changed(known.config, tree)) and not known.has_checkpoints(),
     )
     say(f"MLflow run: {tracker.url}")
     with tempfile.TemporaryDirectory() as folder:

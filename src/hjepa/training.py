@@ -94,7 +94,11 @@ def train_alone(config: Config, *, resume: str | Path | None = "auto", device: s
     chosen = pick_device(device, world)
     if resume not in (None, "auto"):  # said before any image is prepared; other ranks need not see the file
         init(world, chosen)
-        on_main(lambda: _require_checkpoint(Path(resume), config), world)
+        try:
+            on_main(lambda: _require_checkpoint(Path(resume), config), world)
+        except UserError:
+            leave()  # all ranks are here; a group that its first rank just walks out of may abort another one
+            raise
     config = config.model_copy(update={"training": config.training.model_copy(update={"device": device})})
     train_loader, val_loader = create_dataloaders(config)
     images = train_loader.dataset

@@ -40,7 +40,7 @@ from botocore.exceptions import ConnectionError as NoConnectionError
 
 from hjepa.config import StorageConfig
 from hjepa.errors import HjepaError, UserError
-from hjepa.files import file_sha256, sync_folder
+from hjepa.files import file_sha256, sync
 
 if TYPE_CHECKING:
     from botocore.response import StreamingBody
@@ -342,7 +342,7 @@ class S3Store:
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
             partial.replace(path)
-            sync_folder(path.parent)
+            sync(path.parent)
         finally:
             partial.unlink(missing_ok=True)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from hjepa.data.prepare import REPORT, QuarantineError, check_quarantine, prepar
 from hjepa.data.sources import Source
 from hjepa.distributed import World
 from hjepa.errors import UserError
+from hjepa.files import sync
 
 Json = dict[str, Any]
 
@@ -128,11 +128,11 @@ def _find_or_prepare(data: DataConfig, source: Source, cache: Path, speaks: bool
             raise UserError(f"{error}\nThe report: {kept}") from None
         (made / MANIFEST).write_text(json.dumps(prepared.manifest, indent=1), "utf-8")
         for path in (*(file.path for file in prepared.files), made / MANIFEST, made):
-            _sync(path)
+            sync(path)
         with contextlib.suppress(FileNotFoundError):
             folder.rename(work / "damaged")  # _read has refused it
         made.rename(folder)
-        _sync(cache)
+        sync(cache)
     manifest = {**prepared.manifest, "uri": folder.as_uri()}
     for note in manifest["source"]["notes"]:
         _say(f"note: {note}")
@@ -162,15 +162,6 @@ def _read(folder: Path) -> Json | None:
 def _described(manifest: Json) -> str:
     counts = ", ".join(f"{split['samples']:,} {name}" for name, split in manifest["splits"].items())
     return f"data set {manifest['name']} {manifest['digest'][:16]}: {counts} images"
-
-
-def _sync(path: Path) -> None:
-    """Make a file, or the names in a folder, outlive a loss of power."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _say(message: str) -> None:

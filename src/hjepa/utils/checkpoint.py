@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hjepa.errors import HjepaError, UserError
-from hjepa.files import sync_folder
+from hjepa.files import sync
 from hjepa.utils.container import (
     SCHEMA,
     DamagedCheckpointError,
@@ -414,7 +414,7 @@ class CheckpointManager:
                 _link(saved.path, self.checkpoint_dir / LATEST)
                 if saved.is_best:
                     _link(saved.path, self.checkpoint_dir / BEST)
-                sync_folder(self.checkpoint_dir)
+                sync(self.checkpoint_dir)
             except OSError as error:
                 self.ranking = ranking_before
                 raise HjepaError(

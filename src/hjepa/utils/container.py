@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from hjepa.errors import HjepaError, UserError
-from hjepa.files import sync_folder
+from hjepa.files import sync
 
 SCHEMA = 2
 
@@ -231,7 +231,7 @@ def write_file(path: Path, header: bytes, data: Iterable[memoryview], *, direct:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    sync(path.parent)
     return sha256.hexdigest()
 
 
