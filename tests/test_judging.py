@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hjepa.config import load_config
+from hjepa.config import load_config, primary_metrics
 from hjepa.data.loader import ShardDataset
 from hjepa.data.prepare import prepare
 from hjepa.data.sources import ArraySplit, Source
@@ -212,6 +212,8 @@ def test_judge__draws_errors_of_the_whole_model_and_passes_notes_on(of: Judge) -
     assert alone.pictures.masks is not None
     assert alone.manifest["notes"][-1] == "the journal is gone"
     assert alone.manifest == whole.manifest
+    # Whatever evaluation.primary_metric may name is measured.
+    assert set(primary_metrics(CONFIG)) <= set(whole.manifest["metrics"])
 
 
 def test_model_of_checkpoint__restores_every_weight(tmp_path: Path) -> None:

@@ -29,9 +29,11 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 MIN_CACHED_BLOCKS = 16  # beside those in use, some are on their way and some are not yet let go
-# What evaluation measures of a readout, and what the probe measures during training.
+# What the probe measures during training, and evaluation of every readout.
 COLLAPSE_MEASURES = ("std", "rankme", "cosine", "norm")
-MEASURES = ("knn_top1", "linear_top1", *COLLAPSE_MEASURES)
+# What evaluation measures of a readout beside that, of which more is better.
+SCORES = ("knn_top1", "linear_top1", "low_shot_1pct_top1", "low_shot_10pct_top1", "retrieval_map", "retrieval_recall1")
+TOKEN_SCORES = ("attentive_top1", "dense_map", "dense_recall1")  # not of the mean over all patches, which has no cells
 Range = tuple[Positive, Positive]
 
 
@@ -517,8 +519,7 @@ def contradictions(config: Config) -> list[tuple[tuple[str, ...], str]]:
     """Pairs (keys involved, message) for values that are each allowed but cannot stand together."""
     data, model, training, masking = config.data, config.model, config.training, config.masking
     found: list[tuple[tuple[str, ...], str]] = []
-    readouts = ["", "mean/", *(f"level_{level}/" for level in range(model.num_levels))]
-    measures = [f"eval/{readout}{name}" for readout in readouts for name in MEASURES]
+    measures = primary_metrics(config)
     primary = config.evaluation.primary_metric
     probes = ["auto", "probe/knn_top1", *(f"collapse/{name}" for name in COLLAPSE_MEASURES)]
 
@@ -633,7 +634,9 @@ def contradictions(config: Config) -> list[tuple[tuple[str, ...], str]]:
     check(
         primary not in measures,
         ("evaluation.primary_metric",),
-        f"{primary!r} is never measured.{_suggest(primary, measures)} Expected one of {', '.join(measures)}",
+        f"{primary!r} is never measured.{_suggest(primary, measures)} Expected eval/NAME, eval/mean/NAME or "
+        f"eval/level_0/NAME, with NAME one of {', '.join(_names_of(measures))}; eval/mean has no "
+        f"{', '.join(TOKEN_SCORES)}",
     )
     check(
         config.checkpoint.metric not in probes,
@@ -670,6 +673,19 @@ def contradictions(config: Config) -> list[tuple[tuple[str, ...], str]]:
         f"expected s3://bucket or s3://bucket/prefix, got {config.storage.uri!r}",
     )
     return found
+
+
+def primary_metrics(config: Config) -> list[str]:
+    """What ``evaluation.primary_metric`` may name."""
+    plain = (*SCORES, *(f"knn{k}_top1" for k in config.evaluation.knn_ks), *COLLAPSE_MEASURES)
+    names = {"mean/": plain} | dict.fromkeys(
+        ["", *(f"level_{level}/" for level in range(config.model.num_levels))], (*plain, *TOKEN_SCORES)
+    )
+    return [f"eval/{readout}{name}" for readout, each in names.items() for name in each]
+
+
+def _names_of(metrics: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(metric.rpartition("/")[2] for metric in metrics))
 
 
 def _levels_that_fit(grid: int) -> int:
