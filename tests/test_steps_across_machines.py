@@ -271,7 +271,7 @@ def test_report__of_a_try_that_never_opened_the_run_does_not_tell_of_an_older_on
     failed_run: dict[str, Any], tmp_path: Path
 ) -> None:
     later = {**failed_run, "job": "kfp-2"}
-    assert "it ended before the run was opened" in report(later, tmp_path)
+    assert "its first step, before the run was opened: its log has the reason" in report(later, tmp_path)
     assert "training.lr" in report({**later, "overrides": ["training.lr=fast"]}, tmp_path)
 
 

@@ -117,6 +117,13 @@ def test_plan__what_a_model_sees_may_differ(setting: str) -> None:
     assert len(planned([], [setting])) == 2
 
 
+def test_plan__a_set_with_several_mistakes_has_all_of_them_told() -> None:
+    with pytest.raises(UserError) as error:
+        planned(["tracking.uri=http://x", "nokey"], ["seed=1", "seed=2"])
+    for words in ("'nokey'", "changes tracking.uri", "it sets seed more than once"):
+        assert words in str(error.value)
+
+
 def test_plan__name_that_is_too_long_for_a_run() -> None:
     with pytest.raises(UserError, match=r"set base: its run is named after the sweep and the set.*at most 63"):
         planned([], ["seed=1"], run="r" * 60)

@@ -131,6 +131,15 @@ def test_sweep__three_settings_meet_in_one_report_and_one_decision(home: Path) -
     for words in ("run lr-fast was trained", "training.lr: 0.005 there, 0.006 here", "run lr-deep was trained"):
         assert words in refused.stderr, refused.stderr
     assert "lr-plain was" not in refused.stderr
+    # Nor may one that has trained be left out, and a plain run take the sweep's name.
+    (home / "fewer.yaml").write_text("plain: []\nnew: [seed=3]\n", "utf-8")
+    fewer = hjepa(home, "--sweep", str(home / "fewer.yaml"), "--run", "lr")
+    assert fewer.returncode == 2
+    for name in ("lr-fast", "lr-deep"):
+        assert f"run {name} is a branch that has trained, and is not among them" in fewer.stderr
+    plain = hjepa(home, "--run", "lr")
+    assert plain.returncode == 2
+    assert "run lr is a sweep" in plain.stderr
 
 
 def test_sweep__mistakes_in_all_sets_are_told_before_any_server_starts(home: Path) -> None:

@@ -390,6 +390,9 @@ def resolve_config(
     check_run_name(run)
     tree = _load(config, overrides, settings, profile)
     preflight.require(preflight.check(tree, source=_trains_here(), trains_here=_trains_here()))
+    known = _opened(tree, run)
+    if known is not None and _stored(known, "manifests/sweep.json"):
+        raise UserError(f"run {run} is a sweep; give this run another name (--run NAME, in a pipeline run=NAME)")
     if obstacle := _trained_otherwise(run, tree):
         raise UserError(obstacle)
     return _open_run(tree, run, resolved_path, job=job, pipeline_ui=pipeline_ui)
@@ -520,8 +523,17 @@ def resolve_sweep(
         found = preflight.check(branch.config, source=False, trains_here=False, servers=False)
         findings += [replace(finding, name=f"{branch.name}: {finding.name}") for finding in found]
     preflight.require(findings)
-    if obstacles := [text for branch in branches if (text := _trained_otherwise(branch.run, branch.config))]:
-        remedy = "The same sets go on where this sweep was; for others give the sweep another name"
+    known = _opened(tree, run)
+    if known is not None and not _stored(known, "manifests/sweep.json") and known.has_checkpoints():
+        raise UserError(f"run {run} is no sweep, and has trained; give the sweep another name")
+    obstacles = [text for branch in branches if (text := _trained_otherwise(branch.run, branch.config))]
+    obstacles += [
+        f"run {earlier.name} is a branch that has trained, and is not among them"
+        for earlier in (_branches(known) if known else [])
+        if earlier.name not in {branch.run for branch in branches} and earlier.has_checkpoints()
+    ]
+    if obstacles:
+        remedy = "The same sets, and more beside them, go on where it was; for others give the sweep another name"
         raise UserError("\n  ".join([f"sweep {run} cannot go on with these sets. {remedy}.", *obstacles]))
     identity = _open_run(tree, run, resolved_path, job=job, pipeline_ui=pipeline_ui)
     opened = Run.read(resolved_path)
@@ -1640,7 +1652,9 @@ def _cause(tree: Config, run: str, job: str, message: str) -> tuple[str, str]:
     try:
         opened = _opened(tree, run)
         if opened is None or opened.job != job:
-            return "resolve_config", "it ended before the run was opened; its log has the reason"
+            file = Path(os.environ.get("HJEPA_ERROR_FILE", "none"))  # where all steps are on one machine
+            reason = json.loads(file.read_text("utf-8"))["message"] if file.exists() else "its log has the reason"
+            return "its first step, before the run was opened", reason
         runs = [opened, *_branches(opened)]
         launched = [found for each in runs if (found := _stored(each, JOB))]
         records = [_stored(each, ERROR) for each in runs]

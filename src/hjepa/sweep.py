@@ -107,6 +107,9 @@ def _normal(sets: Sequence[object]) -> tuple[list[Json], list[str]]:
         if not isinstance(overrides, list | tuple) or not all(isinstance(text, str) for text in overrides):
             problems.append(f"set {name or number}: expected a list of section.key=value, got {overrides!r}")
             continue
+        keys = [text.partition("=")[0].strip() for text in overrides]
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+            problems.append(f"set {name or number}: it sets {', '.join(twice)} more than once")
         if name is not None and not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", str(name)):
             problems.append(f"set {name!r}: a name takes lower-case letters, digits, '.', '_' and '-'")
             continue
@@ -168,14 +171,16 @@ def plan(
             check_name(f"{sweep}-{name}")
         except UserError as error:
             problems.append(f"set {name}: its run is named after the sweep and the set: {error}")
+        config: Config | None = None
         try:
             config = load(item["set"])
         except UserError as error:
             problems.append(f"set {name}: {error}")
-            continue
-        changed = [key for key in differing([base, config]) if _is_shared(key)]
-        if changed:
+        keys = [text.partition("=")[0].strip() for text in item["set"]] if config is None else differing([base, config])
+        if changed := [key for key in keys if _is_shared(key)]:
             problems.append(f"set {name} changes {', '.join(changed)}, which all branches of a sweep must share")
+        if config is None:
+            continue
         same = [other for other, known in configs.items() if known.digest == config.digest]
         if same:
             problems.append(f"set {name} is the same configuration as {same[0]}")

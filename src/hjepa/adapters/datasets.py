@@ -125,11 +125,12 @@ def find(store: S3Store, wanted: str) -> StoredDataset:
         found = [item for item in everything if item.digest.startswith(wanted)]
     if len(found) == 1:
         return found[0]
-    known = ", ".join(f"{item.name} {item.digest[:12]}" for item in everything) or "nothing is prepared there yet"
     if found:
         which = ", ".join(item.digest[:12] for item in found)
         raise UserError(f"there are {len(found)} data sets called {wanted}: name one by its digest: {which}")
-    raise UserError("\n  ".join([f"no data set {wanted!r} in {store.uri(PREFIX)}: {known}", *map(str, damaged)]))
+    whole = "no whole data set" if damaged else "no data set"
+    known = ", ".join(f"{item.name} ({item.digest[:12]})" for item in everything) or "none yet"
+    raise UserError("\n  ".join([f"{whole} {wanted!r} in {store.uri(PREFIX)}; there is {known}", *map(str, damaged)]))
 
 
 def folder_of(store: S3Store, uri: str) -> str:
