@@ -44,7 +44,7 @@ from benchmarks.checkpoint import machine
 from hjepa.config import DataConfig
 from hjepa.data.jpeg import decode_jpeg
 from hjepa.data.loader import ShardDataset, TrainLoader
-from hjepa.data.transforms import crop_box, decode_image, flips, train_view, view_rng
+from hjepa.data.transforms import crop_box, decode_image, train_view, view_draws
 
 RESULT = Path(__file__).parent / "results" / "data.json"
 SIZE, SCALE = 224, (0.3, 1.0)
@@ -265,17 +265,18 @@ def likeness(paths: list[Path]) -> dict[str, float]:
     """
     errors, largest = [], 0.0
     for number, path in enumerate(paths):
+        draws = view_draws(0, 0, number)[0].tolist()
         ours = train_view(
             decode_image(path.read_bytes(), 3),
             image_size=SIZE,
             crop_scale=SCALE,
             horizontal_flip=True,
-            rng=view_rng(0, 0, number),
+            draws=draws,
         )
-        rng, image = view_rng(0, 0, number), Image.open(path)
-        top, left, height, width = crop_box(image.height, image.width, SCALE, rng)
+        image = Image.open(path)
+        top, left, height, width = crop_box(image.height, image.width, SCALE, draws)
         plain = tvf.resized_crop(image, top, left, height, width, [SIZE, SIZE])
-        plain = tvf.pil_to_tensor(tvf.hflip(plain) if flips(rng) else plain)
+        plain = tvf.pil_to_tensor(tvf.hflip(plain) if draws[-1] < 0.5 else plain)
         difference = ours.double() - plain.double()
         errors.append(difference.square().mean().item())
         largest = max(largest, difference.abs().max().item())

@@ -11,13 +11,16 @@ import torch
 from PIL import Image
 
 from hjepa.data.transforms import (
+    _GOLDEN,
+    DRAWS,
+    _mixed,
     crop_box,
     eval_view,
     normalize,
     resize,
     to_channels,
     train_view,
-    view_rng,
+    view_draws,
 )
 
 
@@ -60,10 +63,10 @@ def test_eval_view__batch_equals_one_by_one() -> None:
 
 def test_train_view__without_crop_and_flip_is_the_evaluation_view() -> None:
     image = photo(40, 60)
-    view = train_view(image, image_size=32, crop_scale=(1.0, 1.0), horizontal_flip=False, rng=None)
+    view = train_view(image, image_size=32, crop_scale=(1.0, 1.0), horizontal_flip=False, draws=())
     assert torch.equal(view, eval_view(image, 32))
     fitting = photo(32, 32)
-    same = train_view(fitting, image_size=32, crop_scale=(1.0, 1.0), horizontal_flip=False, rng=None)
+    same = train_view(fitting, image_size=32, crop_scale=(1.0, 1.0), horizontal_flip=False, draws=())
     assert torch.equal(same, fitting)
 
 
@@ -71,8 +74,8 @@ def test_train_view__depends_on_seed_epoch_and_sample_alone() -> None:
     image = photo(60, 80)
 
     def view(seed: int, epoch: int, sample: int) -> torch.Tensor:
-        rng = view_rng(seed, epoch, sample)
-        return train_view(image, image_size=32, crop_scale=(0.3, 1.0), horizontal_flip=True, rng=rng)
+        draws = view_draws(seed, epoch, sample)[0].tolist()
+        return train_view(image, image_size=32, crop_scale=(0.3, 1.0), horizontal_flip=True, draws=draws)
 
     assert torch.equal(view(0, 1, 2), view(0, 1, 2))
     others = [view(1, 1, 2), view(0, 2, 2), view(0, 1, 3)]
@@ -82,13 +85,13 @@ def test_train_view__depends_on_seed_epoch_and_sample_alone() -> None:
 VIEWS = """
 import hashlib, sys
 import torch
-from hjepa.data.transforms import decode_image, train_view, view_rng
+from hjepa.data.transforms import decode_image, train_view, view_draws
 
 image = decode_image(sys.stdin.buffer.read(), 3)
 hasher = hashlib.sha256()
 for i in range(20):
-    rng = view_rng(0, 0, i)
-    view = train_view(image, image_size=96, crop_scale=(0.1, 1.0), horizontal_flip=True, rng=rng)
+    draws = view_draws(0, 0, i)[0].tolist()
+    view = train_view(image, image_size=96, crop_scale=(0.1, 1.0), horizontal_flip=True, draws=draws)
     hasher.update(view.contiguous().numpy().data)
 print(torch.backends.cpu.get_cpu_capability(), hasher.hexdigest())
 """
@@ -111,7 +114,7 @@ def test_train_view__does_not_depend_on_the_cpu() -> None:
 def test_train_view__flips_half_of_the_images() -> None:
     image = photo(32, 32)
     views = [
-        train_view(image, image_size=32, crop_scale=(1.0, 1.0), horizontal_flip=True, rng=view_rng(0, 0, i))
+        train_view(image, image_size=32, crop_scale=(1.0, 1.0), horizontal_flip=True, draws=view_draws(0, 0, i)[0])
         for i in range(400)
     ]
     flipped = sum(torch.equal(view, image.flip(-1)) for view in views)
@@ -123,7 +126,7 @@ def test_train_view__flips_half_of_the_images() -> None:
 def test_crop_box__stays_inside_and_keeps_its_share(height: int, width: int) -> None:
     shares = []
     for i in range(300):
-        top, left, crop_height, crop_width = crop_box(height, width, (0.3, 0.8), view_rng(0, 0, i))
+        top, left, crop_height, crop_width = crop_box(height, width, (0.3, 0.8), view_draws(0, 0, i)[0])
         assert 0 <= top <= height - crop_height
         assert 0 <= left <= width - crop_width
         shares.append(crop_height * crop_width / (height * width))
@@ -134,7 +137,7 @@ def test_crop_box__stays_inside_and_keeps_its_share(height: int, width: int) -> 
 
 
 def test_crop_box__reaches_every_border() -> None:
-    boxes = np.array([crop_box(16, 16, (0.3, 0.5), view_rng(0, 0, i)) for i in range(2000)])
+    boxes = np.array([crop_box(16, 16, (0.3, 0.5), view_draws(0, 0, i)[0]) for i in range(2000)])
     assert boxes[:, 0].min() == boxes[:, 1].min() == 0
     assert (boxes[:, 0] + boxes[:, 2]).max() == (boxes[:, 1] + boxes[:, 3]).max() == 16
 
@@ -147,3 +150,31 @@ def test_normalize__is_the_formula() -> None:
     assert result.dtype == torch.float32
     torch.testing.assert_close(result.double(), expected, atol=1e-5, rtol=0)
     assert images.max() == 255  # untouched
+
+
+def test_view_draws__a_batch_is_its_rows_and_every_number_counts() -> None:
+    samples, epochs = np.arange(1000) % 250, np.arange(1000) // 250
+    whole = view_draws(5, epochs, samples)
+    assert whole.shape == (1000, DRAWS)
+    np.testing.assert_array_equal(whole[777], view_draws(5, 3, 27)[0])
+    assert len(np.unique(whole)) == whole.size  # also between epochs and samples that change places
+    assert not np.isin(view_draws(6, epochs, samples), whole).any()
+
+
+def test_view_draws__are_uniform_and_independent() -> None:
+    draws = view_draws(0, 0, np.arange(20_000))
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    counts = np.stack([np.bincount((column * 10).astype(int), minlength=10) for column in draws.T])
+    assert (((counts - 2000) ** 2 / 2000).sum(axis=1) < 35).all()  # chi-squared with 9 degrees of freedom: 1 in 16,000
+    assert np.abs(np.corrcoef(draws.T) - np.eye(DRAWS)).max() < 0.04
+    assert np.abs(np.corrcoef(draws[:-1].T, draws[1:].T)[:DRAWS, DRAWS:]).max() < 0.04
+
+
+def test_view_draws__never_change() -> None:
+    """A run that goes on after an update sees the views that it would have seen."""
+    assert view_draws(3, 1, 2)[0, [0, 1, -1]].tolist() == [
+        0.7669741241792322, 0.25196325773450146, 0.8183056929426622,
+    ]  # fmt: skip
+    # The first number of SplitMix64 from the seed 0, as its authors' program prints it.
+    assert _mixed(np.array([_GOLDEN])).tolist() == [0xE220A8397B1DCDAF]

@@ -34,12 +34,10 @@ from hjepa.data.transforms import (
     decode_image,
     draw_view,
     eval_view,
-    flips,
-    is_random,
     size_of,
     to_channels,
     train_view,
-    view_rng,
+    view_draws,
 )
 from hjepa.data.workers import begin
 from hjepa.distributed import World
@@ -416,22 +414,21 @@ class TrainLoader:
         )
 
     def _views(self, samples: NDArray[np.int64], epochs: NDArray[np.int64], out: Tensor | None) -> Tensor:
-        rngs = [
-            view_rng(self.seed, epoch, sample) if is_random(self.crop_scale, self.horizontal_flip) else None
-            for sample, epoch in zip(samples.tolist(), epochs.tolist(), strict=True)
-        ]
+        draws = view_draws(self.seed, epochs, samples)
         if self._uncropped is not None:
             views = self._uncropped[torch.from_numpy(samples)]
-            flipped = torch.tensor([rng is not None and flips(rng) for rng in rngs], dtype=torch.bool)
-            return torch.where(flipped[:, None, None, None], views.flip(-1), views) if flipped.any() else views
+            if not self.horizontal_flip:
+                return views
+            flipped = torch.from_numpy(draws[:, -1] < 0.5)
+            return torch.where(flipped[:, None, None, None], views.flip(-1), views)
         shape = (len(samples), self.channels, self.image_size, self.image_size)
         views = torch.empty(shape, dtype=torch.uint8) if out is None else out
         # In random order a first batch is all over the set, so that its blocks are nearly the whole of it.
         sparse = self._windows is None or self._batches_made < PREFETCHED_BATCHES
         self._batches_made += 1
         encoded = self._encoded(samples.tolist(), sparse)
-        for k, (sample, rng, data) in enumerate(zip(samples.tolist(), rngs, encoded, strict=True)):
-            views[k] = self._view(sample, data, rng)
+        for k, (sample, row, data) in enumerate(zip(samples.tolist(), draws.tolist(), encoded, strict=True)):
+            views[k] = self._view(sample, data, row)
         return views
 
     def _encoded(self, samples: list[int], sparse: bool) -> Sequence[bytes | None]:
@@ -439,9 +436,9 @@ class TrainLoader:
             return [None] * len(samples)
         return self.dataset.encoded(samples, sparse=sparse)
 
-    def _view(self, sample: int, data: bytes | None, rng: np.random.Generator | None) -> Tensor:
+    def _view(self, sample: int, data: bytes | None, draws: Sequence[float]) -> Tensor:
         """(C, S, S), for which no more of the image is decoded than the crop needs."""
-        settings: Any = {"crop_scale": self.crop_scale, "horizontal_flip": self.horizontal_flip, "rng": rng}
+        settings: Any = {"crop_scale": self.crop_scale, "horizontal_flip": self.horizontal_flip, "draws": draws}
         if self._decoded is not None:
             return train_view(self._decoded[sample], image_size=self.image_size, **settings)
         data = self.dataset.read_bytes(sample) if data is None else data

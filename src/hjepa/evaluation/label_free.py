@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hjepa.config import EvaluationConfig
-from hjepa.data.transforms import train_view, view_rng
+from hjepa.data.transforms import train_view, view_draws
 from hjepa.errors import UserError
 from hjepa.evaluation.features import Batch, Encoder
 from hjepa.utils.collapse import effective_rank, embedding_std
@@ -129,9 +129,9 @@ def _crops(batches: Iterable[Batch], config: EvaluationConfig) -> Iterator[Tenso
     for number, picture in enumerate(itertools.islice(pictures, config.view_images)):
         side = min(picture.shape[-2:])
         for view in range(config.views):
-            rng = view_rng(config.seeds[0], view, number)
+            draws = view_draws(config.seeds[0], view, number)[0].tolist()
             yield train_view(
-                picture.cpu(), image_size=side, crop_scale=config.view_scale, horizontal_flip=False, rng=rng
+                picture.cpu(), image_size=side, crop_scale=config.view_scale, horizontal_flip=False, draws=draws
             )
 
 
