@@ -378,13 +378,6 @@ def test_metric_names__ends_and_spreads_are_no_columns() -> None:
     assert tables.metric_names(rows) == ["knn_top1", "std", "x_low"]
 
 
-@pytest.mark.parametrize(
-    ("count", "words"), [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (139_345_408, "139.3 MB")]
-)
-def test_in_bytes__has_a_unit(count: int, words: str) -> None:
-    assert tables.in_bytes(count) == words
-
-
 # -- charts ----------------------------------------------------------------------------------------------------------
 
 
