@@ -141,18 +141,13 @@ def folder_of(store: S3Store, uri: str) -> str:
     return key
 
 
-def remove(store: S3Store, key: str) -> int:
-    """Delete the data set in a folder, what leads to it first, so that nobody finds a half of it.
-
-    Returns:
-        How many objects were deleted.
-    """
+def remove(store: S3Store, key: str) -> None:
+    """Delete the data set in a folder, what leads to it first, so that nobody finds a half of it."""
     files = [item.key for item in store.list(f"{key}/")]
     recipes = [item.key for item in store.list(f"{key.rpartition('/')[0]}/recipes/")]
     leading = [recipe for recipe in recipes if store.get_json(recipe)["dataset"] == f"{key}/{MANIFEST}"]
     for each in [*leading, *sorted(files, key=lambda file: not file.endswith(f"/{MANIFEST}"))]:
         store.delete(each)
-    return len(leading) + len(files)
 
 
 def verify(store: S3Store, dataset: StoredDataset, progress: Callable[[int, int], None]) -> list[str]:

@@ -414,13 +414,13 @@ class TrainLoader:
         )
 
     def _views(self, samples: NDArray[np.int64], epochs: NDArray[np.int64], out: Tensor | None) -> Tensor:
-        draws = view_draws(self.seed, epochs, samples)
         if self._uncropped is not None:
             views = self._uncropped[torch.from_numpy(samples)]
             if not self.horizontal_flip:
                 return views
-            flipped = torch.from_numpy(draws[:, -1] < 0.5)
+            flipped = torch.from_numpy(view_draws(self.seed, epochs, samples)[:, -1] < 0.5)
             return torch.where(flipped[:, None, None, None], views.flip(-1), views)
+        draws = view_draws(self.seed, epochs, samples)
         shape = (len(samples), self.channels, self.image_size, self.image_size)
         views = torch.empty(shape, dtype=torch.uint8) if out is None else out
         # In random order a first batch is all over the set, so that its blocks are nearly the whole of it.
