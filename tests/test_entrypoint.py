@@ -79,6 +79,18 @@ class Pod:
             assert time.monotonic() < end, self.output
             time.sleep(0.05)
 
+    def wait_to_catch(self, number: signal.Signals) -> None:
+        """Until there is a handler; process 1 of a container ignores the signal until then, this one dies of it."""
+        status = Path(f"/proc/{self.process.pid}/status")
+        end = time.monotonic() + 30
+        while True:
+            caught = re.search(r"^SigCgt:\s*([0-9a-f]+)$", status.read_text(), re.M)
+            if caught and int(caught[1], 16) >> (number - 1) & 1:
+                return
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < end, self.output
+            time.sleep(0.005)
+
     def rank(self, number: int) -> psutil.Process:
         children = psutil.Process(self.process.pid).children()
         return next(child for child in children if child.environ().get("RANK") == str(number))
@@ -182,9 +194,9 @@ def test_killed_rank__exits_137_and_says_so(config: Path) -> None:
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_sigterm__before_training_has_begun_exits_143(config: Path, ranks: int) -> None:
     pod = train(config, ranks=ranks)
-    time.sleep(0.3)
+    pod.wait_to_catch(signal.SIGTERM)
     pod.process.send_signal(signal.SIGTERM)
-    assert pod.ends(30)[0] == 143
+    assert pod.ends(30)[0] == 143, pod.output
 
 
 @pytest.mark.parametrize("node", [0, 1])

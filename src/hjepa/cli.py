@@ -26,6 +26,7 @@ from hjepa import __version__, cli_data, cli_models
 from hjepa.config import Config, load_config, packaged_configs, parse_yaml, read_source, sha256_json
 from hjepa.errors import HjepaError, UserError
 from hjepa.utils.logging import say, warn
+from hjepa.words import print_line
 
 DESCRIPTION = "Self-supervised image pretraining with a hierarchical JEPA, from raw images to a registered encoder."
 INTERRUPTED = 130
@@ -49,15 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error = as_hjepa_error(problem)
         if os.environ.get("RANK", "0") == "0":
             report_error("hjepa", error)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print_line(f"error: {error}", sys.stderr)
         if os.environ.get("WORLD_SIZE", "1") != "1":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all ranks at once; this one has its own code
         return error.exit_code
     except _TerminatedError:
-        print(f"terminated{_what_now(options)}", file=sys.stderr, flush=True)
+        print_line(f"terminated{_what_now(options)}", sys.stderr)
         return TERMINATED
     except KeyboardInterrupt:
-        print(f"interrupted{_what_now(options)}", file=sys.stderr, flush=True)
+        print_line(f"interrupted{_what_now(options)}", sys.stderr)
         return INTERRUPTED
 
 

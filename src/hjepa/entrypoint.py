@@ -51,20 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.execvp(arguments[0], arguments)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return _rank(arguments)
-    # Process 1 of a container ignores every signal that it has not asked for.
-    previous = signal.signal(signal.SIGTERM, _terminated)
-    code = 1
-    try:
-        with _error_file() as errors:
-            try:
-                code = _run(arguments)
-            except SystemExit as stop:
-                code = _as_code(stop.code)
-                raise
-            finally:
-                _write_termination(code, errors)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    code, previous = 1, signal.getsignal(signal.SIGTERM)
+    with _error_file() as errors:
+        try:
+            # Process 1 of a container ignores every signal that it has not asked for.
+            signal.signal(signal.SIGTERM, _terminated)
+            code = _run(arguments)
+        except SystemExit as stop:
+            code = _as_code(stop.code)
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+            _write_termination(code, errors)
     return code
 
 
@@ -104,6 +102,7 @@ def processes_here(device: str = "auto") -> int:
 
 def _run(arguments: list[str]) -> int:
     from hjepa.errors import HjepaError
+    from hjepa.words import print_line
 
     if arguments[:1] != ["train"]:
         return _command(arguments)
@@ -113,7 +112,7 @@ def _run(arguments: list[str]) -> int:
             return _torchrun(processes, arguments)
     except HjepaError as error:
         _note(type(error).__name__, str(error))
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print_line(f"error: {error}", sys.stderr)
         return error.exit_code
     _forget_rendezvous()
     return _command(arguments)

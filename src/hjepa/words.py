@@ -1,8 +1,18 @@
-"""How messages, tables and reports write numbers."""
+"""How messages, tables and reports are written."""
 
 from __future__ import annotations
 
 import math
+from typing import TextIO
+
+
+def print_line(line: str, stream: TextIO) -> None:
+    """Print a line with its end in one write, so that those of several ranks do not mix.
+
+    ``print`` writes the end on its own, and where output is unbuffered, as in a pod, another process's line gets
+    between the two.
+    """
+    print(f"{line}\n", end="", file=stream, flush=True)
 
 
 def counted(number: int, what: str) -> str:

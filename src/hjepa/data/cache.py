@@ -39,6 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hjepa.errors import HjepaError, UserError
+from hjepa.words import print_line
 
 LOCKS = "locks"
 LEDGER = "bytes"  # how much the folder holds; an estimate until it is counted anew
@@ -54,7 +55,7 @@ PAUSE_SECONDS = 5.0  # of reading ahead, after an error
 
 
 def _print_warning(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    print_line(f"warning: {message}", sys.stderr)
 
 
 class Filled(Enum):

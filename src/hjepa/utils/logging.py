@@ -16,6 +16,7 @@ import numpy as np
 
 from hjepa.config import Config
 from hjepa.errors import UserError
+from hjepa.words import print_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -540,7 +541,7 @@ def _write(message: str, stream: TextIO) -> None:
         tqdm.write(message, file=stream)
         stream.flush()
     else:
-        print(message, file=stream, flush=True)
+        print_line(message, stream)
 
 
 def append_json_line(path: Path, value: Mapping[str, Any]) -> None:
