@@ -509,32 +509,57 @@ def test_short_side__arrays_and_turned_jpegs_are_reduced_too() -> None:
     assert psnr(Image.fromarray(turned.pixels).convert("L"), upright.convert("L")) > 30
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_decode__large_transparent_pictures_are_put_on_white_in_bands(
-    monkeypatch: pytest.MonkeyPatch, mode: str
-) -> None:
-    opaque = photo(67, 50)
-    if mode == "P":
-        image, options = opaque.quantize(16), {"transparency": 3}
-    else:
-        image, options = opaque.convert(mode), {}
-        image.putalpha(Image.fromarray(np.arange(67 * 50, dtype=np.uint8).reshape(67, 50)))
-    data = encode(image, "PNG", **options)
+def odd_picture(kind: str) -> bytes:
+    """67 x 50 pixels that have to be converted before they can be shown."""
+    image = photo(67, 50)
+    clear = Image.fromarray(np.arange(67 * 50, dtype=np.uint8).reshape(67, 50))
+    values = np.asarray(image.convert("L"))
+    match kind:
+        case "RGBA" | "LA":
+            image = image.convert(kind)
+            image.putalpha(clear)
+            return encode(image, "PNG")
+        case "palette":
+            return encode(image.quantize(16), "PNG", transparency=3)
+        case "turned PNG":
+            return encode(image, "PNG", exif=exif(6))
+        case "turned JPEG":
+            return encode(image, "JPEG", exif=exif(8))
+        case "CMYK":
+            return encode(image.convert("CMYK"), "JPEG")
+        case "1 bit":
+            return encode(image.convert("1"), "PNG")
+        case "16 bits":
+            return encode(Image.fromarray(values.astype(np.uint16) << 8), "PNG")
+        case "16 bits, transparent":
+            return encode(Image.fromarray(values.astype(np.uint16) << 8), "PNG", transparency=int(values[0, 0]) << 8)
+        case "32 bits":
+            return encode(Image.fromarray(values.astype(np.int32) - 100), "TIFF")
+        case "float":
+            return encode(Image.fromarray(values.astype(np.float32) * 1000), "TIFF")
+        case "16 bits, big-endian":
+            return tiff(values.astype(">u2") << 8)
+    raise ValueError(kind)
+
+
+@pytest.mark.parametrize("kind", [
+    "RGBA", "LA", "palette", "turned PNG", "turned JPEG", "CMYK", "1 bit", "16 bits", "16 bits, transparent",
+    "16 bits, big-endian", "32 bits", "float",
+])  # fmt: skip
+def test_decode__a_few_rows_at_a_time_gives_the_same(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    data = odd_picture(kind)
     whole = decode(data, max_pixels=LIMIT)
     monkeypatch.setattr(images, "BAND_BYTES", 10 * 4 * 50)
-    np.testing.assert_array_equal(decode(data, max_pixels=LIMIT).pixels, whole.pixels)
-    assert (whole.pixels == 255).any()
+    by_rows = decode(data, max_pixels=LIMIT)
+    np.testing.assert_array_equal(by_rows.pixels, whole.pixels)
+    assert by_rows.encoded == whole.encoded
+    assert len(np.unique(whole.pixels)) >= 2
 
 
-def test_decode__one_large_picture_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = []
-
-    class Watched(contextlib.AbstractContextManager[None]):
-        def __exit__(self, *error: object) -> None:
-            held.append("done")
-
+def test_decode__tells_before_a_large_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
     monkeypatch.setattr(images, "LARGE_PIXELS", 1000)
     for size in ((40, 60), (10, 10)):
         for kind in ("JPEG", "PNG", "BMP"):
-            decode(encode(photo(*size), kind), max_pixels=LIMIT, one_at_a_time=Watched())
-    assert len(held) == 3
+            decode(encode(photo(*size), kind), max_pixels=LIMIT, on_large=lambda: told.append(1))
+    assert len(told) == 3

@@ -96,12 +96,13 @@ def test_prepare__reduced_images_are_the_same_on_any_number_of_workers(folder: D
     assert whole.manifest["digest"] != one.manifest["digest"]
 
 
-def test_prepare__large_images_wait_on_the_disk_and_leave_nothing_there(
+def test_prepare__large_images_give_the_same_and_leave_nothing_on_the_disk(
     folder: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usual = prepare(open_source(folder), folder, tmp_path / "usual", workers=2)
     monkeypatch.setattr("hjepa.data.prepare.SPOOLED_BYTES", 100)
     monkeypatch.setattr("hjepa.data.images.LARGE_PIXELS", 10)
+    monkeypatch.setattr("hjepa.data.images.BAND_BYTES", 100)
     spooled = prepare(open_source(folder), folder, tmp_path / "spooled", workers=2)
     assert spooled.manifest == usual.manifest
     assert sorted(path.name for path in (tmp_path / "spooled").iterdir()) == sorted(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,19 +17,21 @@ from hjepa.data.jpeg import decode_jpeg, encode_jpeg
 from hjepa.data.png import MAX_PIXELS, encode_unfiltered
 from hjepa.data.sources import Payload
 
+Pixels = NDArray[np.uint8]  # (H, W) or (H, W, 3)
+
 # Formats that decode in this process alone; PIL would hand others, such as EPS, to an external interpreter.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
 ORIENTATION = 0x0112  # EXIF tag
-LARGE_PIXELS = 16_000_000  # decoding a larger picture takes up to a gigabyte, so it is done one at a time
-BAND_BYTES = 64_000_000  # of a picture that is worked on a few rows at a time
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+LARGE_PIXELS = 16_000_000  # a larger picture takes up to 900 MB, so there should be one at a time
+BAND_BYTES = 16_000_000  # of a picture that is worked on a few rows at a time
+UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: pixels[::-1].swapaxes(0, 1),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: pixels[:, ::-1].swapaxes(0, 1),
 }
 # Decoders meet hostile bytes with almost any exception; each of them is one file's fault, never the run's.
 DECODE_ERRORS = (
@@ -49,7 +51,7 @@ class RejectedError(Exception):
 
 @dataclass(frozen=True)
 class Picture:
-    pixels: NDArray[np.uint8]  # (H, W) or (H, W, 3): upright, opaque
+    pixels: Pixels  # upright, opaque
     encoded: bytes  # what training decodes to exactly these pixels
     suffix: str  # "jpg" or "png"
 
@@ -60,14 +62,14 @@ def decode(
     max_pixels: int,
     short_side: int | None = None,
     jpeg_quality: int = 90,
-    one_at_a_time: AbstractContextManager[Any] | None = None,
+    on_large: Callable[[], object] = lambda: None,
 ) -> Picture:
     """Decode once, and keep the file's own bytes where they need no change.
 
     Args:
         short_side: Pixels that the short side of a larger picture is reduced to; None keeps every size.
         jpeg_quality: Of a JPEG that was reduced. Pictures from other files are stored without loss.
-        one_at_a_time: Held while a picture of more than ``LARGE_PIXELS`` is decoded.
+        on_large: Called before a file of more than ``LARGE_PIXELS`` is decoded.
 
     Raises:
         RejectedError: whatever is wrong with the payload.
@@ -75,10 +77,10 @@ def decode(
     try:
         if isinstance(payload, np.ndarray):
             image = Image.fromarray(payload[..., 0] if payload.shape[2:] == (1,) else payload)
-            return _lossless(image if image.mode in ("L", "RGB") else _visible(image), short_side)
+            return _lossless(_seen(image), short_side)
         if isinstance(payload, Image.Image):
-            return _lossless(_visible(payload), short_side)
-        return _decode_file(payload, max_pixels, short_side, jpeg_quality, one_at_a_time or nullcontext())
+            return _lossless(_seen(payload), short_side)
+        return _decode_file(payload, max_pixels, short_side, jpeg_quality, on_large)
     except DECODE_ERRORS as error:
         if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
             raise RejectedError("too-many-pixels", str(error)) from None
@@ -87,11 +89,7 @@ def decode(
 
 
 def _decode_file(
-    data: bytes,
-    max_pixels: int,
-    short_side: int | None,
-    jpeg_quality: int,
-    one_at_a_time: AbstractContextManager[Any],
+    data: bytes, max_pixels: int, short_side: int | None, jpeg_quality: int, on_large: Callable[[], object]
 ) -> Picture:
     if not data:
         raise RejectedError("empty", "the file has no bytes")
@@ -104,38 +102,42 @@ def _decode_file(
         raise RejectedError(
             "too-many-pixels", f"{width} x {height} = {width * height} pixels, data.max_pixels is {max_pixels}"
         )
-    with one_at_a_time if width * height > LARGE_PIXELS else nullcontext():
-        if image.format in ("JPEG", "MPO"):
-            return _decode_photo(image, data, short_side, jpeg_quality)
-        return _decode_other(image, data, short_side)
+    if width * height > LARGE_PIXELS:
+        on_large()
+    if image.format in ("JPEG", "MPO"):
+        return _decode_photo(image, data, short_side, jpeg_quality)
+    return _decode_other(image, data, short_side)
 
 
 def _decode_other(image: Image.Image, data: bytes, short_side: int | None) -> Picture:
     image.load()
     if image.format == "PNG":
         _match_transparency(image, depth=data[24])
-    visible = _visible(image)
-    kept = visible is image and image.format == "PNG" and _plain_png(image, data) and not _is_larger(image, short_side)
-    return Picture(np.asarray(image), data, "png") if kept else _lossless(visible, short_side)
+    kept = image.format == "PNG" and _plain_png(image, data) and not _is_larger(image, short_side)
+    pixels = _seen(image)
+    image.close()  # a large picture fits in memory once or twice, not three times
+    return Picture(pixels, data, "png") if kept else _lossless(pixels, short_side)
 
 
 def _decode_photo(image: Image.Image, data: bytes, short_side: int | None, jpeg_quality: int) -> Picture:
     """A JPEG of which PIL has read the header. It stays one, for as a PNG a photograph would grow tenfold."""
     larger = _is_larger(image, short_side)
     pixels = None
-    if image.mode in ("L", "RGB") and _orientation(image) not in UPRIGHT:
+    if image.mode in ("L", "RGB"):
         pixels = _as_trained_on(image, data, least=2 * short_side if larger and short_side else None)
-        if pixels is not None and not larger:
+        if pixels is not None and not larger and _orientation(image) not in UPRIGHT:
             return Picture(pixels, data, "jpg")
-    seen = _visible(_loaded(image)) if pixels is None else Image.fromarray(pixels)
+    pixels = _seen(_loaded(image)) if pixels is None else _upright(pixels, image)
+    image.close()
     if larger:
-        encoded = encode_jpeg(np.asarray(_reduced(seen, short_side)), quality=jpeg_quality, halve_colour=True)
+        encoded = encode_jpeg(_reduced(pixels, short_side), quality=jpeg_quality, halve_colour=True)
     else:
-        encoded = encode_jpeg(np.asarray(seen), quality=95, halve_colour=False)
+        encoded = encode_jpeg(pixels, quality=95, halve_colour=False)
+    del pixels
     return Picture(decode_jpeg(encoded, strict=True), encoded, "jpg")
 
 
-def _as_trained_on(image: Image.Image, data: bytes, *, least: int | None) -> NDArray[np.uint8] | None:
+def _as_trained_on(image: Image.Image, data: bytes, *, least: int | None) -> Pixels | None:
     """What training's decoder makes of these bytes; None if that is not what a viewer shows.
 
     A decoder that goes on past damage may show anything, so then, and only then, a second one is asked as well.
@@ -143,7 +145,7 @@ def _as_trained_on(image: Image.Image, data: bytes, *, least: int | None) -> NDA
     try:
         return decode_jpeg(data, strict=True, least=least)
     except ValueError:
-        seen = np.asarray(_loaded(image))
+        seen = _opaque(_loaded(image))
     try:
         pixels = decode_jpeg(data)
     except ValueError:
@@ -160,19 +162,22 @@ def _is_larger(image: Image.Image, short_side: int | None) -> bool:
     return short_side is not None and min(image.size) > short_side
 
 
-def _reduced(image: Image.Image, short_side: int | None) -> Image.Image:
+def _reduced(pixels: Pixels, short_side: int | None) -> Pixels:
     """Antialiased, like the views that training cuts; never enlarged."""
-    short = min(image.size)
+    height, width = pixels.shape[:2]
+    short = min(height, width)
     if short_side is None or short <= short_side:
-        return image
-    width, height = (max(1, round(side * short_side / short)) for side in image.size)
-    return image.resize((width, height), Image.Resampling.BILINEAR)
+        return pixels
+    width, height = (max(1, round(side * short_side / short)) for side in (width, height))
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def _plain_png(image: Image.Image, data: bytes) -> bool:
-    """One frame, 8 bits per sample, grey or RGB: what every decoder reads as the same pixels."""
+    """One frame, upright, opaque, 8 bits per sample, grey or RGB: what every decoder reads as the same pixels."""
     depth, colour_type = data[24], data[25]
-    return depth == 8 and colour_type in (0, 2) and not getattr(image, "is_animated", False)
+    plain = depth == 8 and colour_type in (0, 2) and image.mode in ("L", "RGB")
+    opaque = "transparency" not in image.info
+    return plain and opaque and not getattr(image, "is_animated", False) and _orientation(image) not in UPRIGHT
 
 
 def _match_transparency(image: Image.Image, depth: int) -> None:
@@ -195,62 +200,101 @@ def _orientation(image: Image.Image) -> int:
         return 1  # broken metadata does not make the picture unusable
 
 
-def _visible(image: Image.Image) -> Image.Image:
-    """Upright, opaque (on white), 8 bits, L or RGB; the very same object if it is all that already."""
+def _seen(image: Image.Image) -> Pixels:
+    """What a viewer shows: upright, opaque (on white), 8 bits.
+
+    A few rows at a time, for all of them in another mode, or in four channels, would take many times the memory.
+    """
+    bands = list(row_bands(image.height, 4 * image.width))
+    if len(bands) == 1:
+        return _upright(_opaque(image), image)
+    levels = _levels(_rows(image, rows) for rows in bands) if _of_unknown_range(image) else None
+    pixels: Pixels | None = None
+    for rows in bands:
+        band = _opaque(_rows(image, rows), levels)
+        if pixels is None:
+            pixels = np.empty((image.height, *band.shape[1:]), dtype=np.uint8)
+        pixels[rows] = band
+    assert pixels is not None
+    return _upright(pixels, image)
+
+
+def row_bands(height: int, row_bytes: int, multiple: int = 1) -> Iterator[slice]:
+    """Rows to work on at a time, so that those take about ``BAND_BYTES``; a multiple of so many, but for the last."""
+    rows = max(1, BAND_BYTES // max(1, row_bytes * multiple)) * multiple
+    return (slice(top, min(top + rows, height)) for top in range(0, height, rows))
+
+
+def _rows(image: Image.Image, rows: slice) -> Image.Image:
+    band = image.crop((0, rows.start, image.width, rows.stop))
+    band.info = image.info
+    return band
+
+
+def _upright(pixels: Pixels, image: Image.Image) -> Pixels:
     turn = UPRIGHT.get(_orientation(image))
-    if turn is not None:
-        transparency = image.info.get("transparency")
-        image = image.transpose(turn)
-        if transparency is not None:
-            image.info["transparency"] = transparency
+    return pixels if turn is None else np.ascontiguousarray(turn(pixels))
+
+
+def _opaque(image: Image.Image, levels: _Levels | None = None) -> Pixels:
+    """The image, or a band of one, without transparency and in 8 bits; ``levels`` are those of the whole image."""
     if image.mode.startswith("I") and isinstance(key := image.info.get("transparency"), int):
         values = np.asarray(image)
-        return Image.fromarray(np.where(values == key, np.uint8(255), _eight_bits(values)))
+        return np.where(values == key, np.uint8(255), _eight_bits(image, levels))
     if image.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info:
-        return _on_white(image)
+        white = Image.new("RGBA", image.size, "white")
+        opaque = Image.alpha_composite(white, image.convert("RGBA"))
+        return np.asarray(opaque.convert("L" if image.mode in ("L", "LA", "La") else "RGB"))
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_eight_bits(np.asarray(image)))
+        return _eight_bits(image, levels)
     if image.mode in ("L", "RGB"):
-        return image
-    return image.convert("L" if image.mode == "1" else "RGB")
+        return np.asarray(image)
+    return np.asarray(image.convert("L" if image.mode == "1" else "RGB"))
 
 
-def _on_white(image: Image.Image) -> Image.Image:
-    """A few rows at a time: all of them in four channels, and once more on white, would take many times the memory."""
-    opaque = Image.new("L" if image.mode in ("L", "LA", "La") else "RGB", image.size)
-    rows = max(1, BAND_BYTES // (4 * image.width))
-    for top in range(0, image.height, rows):
-        band = image.crop((0, top, image.width, min(top + rows, image.height)))
-        if (key := image.info.get("transparency")) is not None:
-            band.info["transparency"] = key
-        white = Image.new("RGBA", band.size, "white")
-        opaque.paste(Image.alpha_composite(white, band.convert("RGBA")).convert(opaque.mode), (0, top))
-    return opaque
+class _Levels(NamedTuple):
+    """The smallest and the largest finite value, or 0 where all are on one side of it."""
+
+    low: float
+    high: float
 
 
-def _eight_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
+def _of_unknown_range(image: Image.Image) -> bool:
+    """Whether values are wider than 16 bits, or floats, so that all have to be seen to know their range."""
+    return image.mode in ("I", "F")
+
+
+def _levels(bands: Iterable[Image.Image]) -> _Levels:
+    low = high = 0.0
+    for band in bands:
+        values = np.asarray(band, dtype=np.float32)
+        finite = values[np.isfinite(values)]
+        low, high = float(finite.min(initial=low)), float(finite.max(initial=high))
+    return _Levels(low, high)
+
+
+def _eight_bits(image: Image.Image, levels: _Levels | None) -> Pixels:
     """Scale by the range that the values were made for, as far as they show it.
 
     16-bit integers fill 16 bits. Wider ones fill 8 or 16 bits, whichever holds them all; floats 0..1, or likewise. What
     fits nowhere, such as heights or counts, goes from its smallest value to its largest.
     """
-    if values.dtype.kind != "f" and values.itemsize == 2:
+    values = np.asarray(image)
+    if not _of_unknown_range(image):
         return (values >> 8).astype(np.uint8)
-    scaled = values.astype(np.float32)
-    finite = scaled[np.isfinite(scaled)]
-    low, high = float(finite.min(initial=0.0)), float(finite.max(initial=0.0))
-    scaled = np.nan_to_num(scaled, nan=0.0, posinf=high, neginf=low)
+    low, high = levels or _levels([image])
+    scaled = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=high, neginf=low)
     if high > 65535 or low < -0.1 * high:
         scaled = (scaled - low) * (255 / max(high - low, 1e-30))
-    elif values.dtype.kind == "f" and high <= 2:  # resampling takes some values a little above 1
+    elif image.mode == "F" and high <= 2:  # resampling takes some values a little above 1
         scaled = scaled * 255
     elif high > 255:
         scaled = np.floor(scaled / 256)
     return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 
 
-def _lossless(image: Image.Image, short_side: int | None) -> Picture:
-    pixels = np.asarray(_reduced(image, short_side))
+def _lossless(pixels: Pixels, short_side: int | None) -> Picture:
+    pixels = _reduced(pixels, short_side)
     if pixels.shape[0] * pixels.shape[1] <= MAX_PIXELS:
         return Picture(pixels, encode_unfiltered(pixels), "png")
     buffer = io.BytesIO()

@@ -34,7 +34,7 @@ from PIL import Image
 from hjepa.config import DataConfig, sha256_json
 from hjepa.data import contact_sheet
 from hjepa.data.duplicates import Duplicates, Fingerprints, find, perceptual_hash
-from hjepa.data.images import DECODE_ERRORS, RejectedError, decode
+from hjepa.data.images import DECODE_ERRORS, Pixels, RejectedError, decode, row_bands
 from hjepa.data.parts import INDEX, PRINTS, SIDECARS, Part, PartResult, Thumbnail, parts_of, read_prints
 from hjepa.data.parts import REPORT as PARTS_REPORT
 from hjepa.data.shards import Index, ShardWriter, StoredFile, encode_index, read_index
@@ -43,7 +43,7 @@ from hjepa.data.workers import begin
 from hjepa.errors import HjepaError, UserError
 from hjepa.files import file_sha256
 
-FORMAT = 3  # raised when the same images would give other shards
+FORMAT = 4  # raised when the same images would give other shards
 REPORT = "quarantine.jsonl"
 DUPLICATES = "duplicates.jsonl"
 SHEET = "contact-sheet.png"
@@ -363,7 +363,7 @@ class _Task:
     splits: Mapping[str, Split]
     data: DataConfig
     folder: Path  # for large images on their way
-    large: Lock  # held by whoever decodes one
+    large: Lock  # held by whoever has one in memory
     shown: Set[int]  # numbers of the training images on the contact sheet
 
 
@@ -392,6 +392,11 @@ def _work(split_name: str, start: int, stop: int) -> list[_Sample | _Refused]:
 
 
 def _sample(split: Split, i: int, *, shown: bool) -> _Sample:
+    with contextlib.ExitStack() as turn:  # of large pictures, of which there is one at a time
+        return _looked_at(split, i, shown=shown, on_large=lambda: turn.enter_context(_task.large))
+
+
+def _looked_at(split: Split, i: int, *, shown: bool, on_large: Callable[[], object]) -> _Sample:
     try:
         payload, label = split.read(i)
     except DECODE_ERRORS as error:
@@ -402,7 +407,7 @@ def _sample(split: Split, i: int, *, shown: bool) -> _Sample:
         max_pixels=data.max_pixels,
         short_side=data.short_side,
         jpeg_quality=data.jpeg_quality,
-        one_at_a_time=_task.large,
+        on_large=on_large,
     )
     height, width = picture.pixels.shape[:2]
     content = hashlib.sha256(f"{'L' if picture.pixels.ndim == 2 else 'RGB'} {width} {height}\n".encode())
@@ -416,7 +421,7 @@ def _sample(split: Split, i: int, *, shown: bool) -> _Sample:
         shape=(height, width),
         moments=_moments(picture.pixels, data.channels),
         crc32=zlib.crc32(picture.encoded),
-        perceptual=perceptual_hash(Image.fromarray(picture.pixels)) if data.find_duplicates else None,
+        perceptual=perceptual_hash(picture.pixels) if data.find_duplicates else None,
         thumbnail=contact_sheet.thumbnail(picture.pixels) if shown else None,
     )
 
@@ -430,17 +435,23 @@ def _spooled(encoded: bytes) -> bytes | Path:
     return Path(file.name)
 
 
-def _moments(pixels: NDArray[np.uint8], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    image = Image.fromarray(pixels)
-    if channels == 1 and image.mode == "RGB":
-        image = image.convert("L")
-    counts = np.array(image.histogram(), dtype=np.int64).reshape(-1, 256)
+def _moments(pixels: Pixels, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    height, width = pixels.shape[:2]
+    counts = sum(_histogram(pixels[rows], channels) for rows in row_bands(height, pixels[0].nbytes))
     levels = np.arange(256, dtype=np.int64)
-    area = image.width * image.height
+    area = width * height
     means = [int(total) / (255 * area) for total in counts @ levels]
     squares = [int(total) / (255 * 255 * area) for total in counts @ levels**2]
     repeat = channels // len(means)
     return tuple(means * repeat), tuple(squares * repeat)
+
+
+def _histogram(pixels: Pixels, channels: int) -> NDArray[np.int64]:
+    """How often each level is there, [channels of the picture, or 1, 256]."""
+    image = Image.fromarray(pixels)
+    if channels == 1 and image.mode == "RGB":
+        image = image.convert("L")
+    return np.array(image.histogram(), dtype=np.int64).reshape(-1, 256)
 
 
 # -- all parts -------------------------------------------------------------------------------------------------------

@@ -73,15 +73,17 @@ class ShardWriter:
     def add(self, data: bytes, *, suffix: str, label: int | None, crc32: int, number: int | None = None) -> None:
         """``number`` names the sample in the tar file; None counts."""
         key = f"{self._count if number is None else number:09d}"
-        members = tar_member(f"{key}.{suffix}", data)
+        members: tuple[bytes, ...] = tar_member(f"{key}.{suffix}", data)
         if label is not None:
             members += tar_member(f"{key}.cls", str(label).encode())
-        if self._shard is not None and self._shard.size + len(members) > self.shard_bytes:
+        size = sum(len(piece) for piece in members)
+        if self._shard is not None and self._shard.size + size > self.shard_bytes:
             self._close_shard()
         if self._shard is None:
             self._shard = _OpenShard(self.folder / f"{self.prefix}-{len(self.shards):06d}.tar")
         offset = self._shard.size + BLOCK
-        self._shard.write(members)
+        for piece in members:
+            self._shard.write(piece)
         self._shard.samples += 1
         label = NO_LABEL if label is None else label
         self._records += np.array((len(self.shards), offset, len(data), label, crc32), dtype=INDEX_DTYPE).tobytes()
@@ -120,13 +122,13 @@ class _OpenShard:
         return StoredFile(self.path.name, self.path, self.size, self._hasher.hexdigest(), self.samples)
 
 
-def tar_member(name: str, data: bytes) -> bytes:
+def tar_member(name: str, data: bytes) -> tuple[bytes, bytes, bytes]:
     """One regular file as POSIX ustar: header, content, padding. Names are short ASCII."""
     head = b"%s0000644\0%07o\0%07o\0%011o\0%011o\0" % (name.encode("ascii").ljust(100, b"\0"), 0, 0, len(data), 0)
     tail = b"0" + bytes(100) + b"ustar\x0000" + bytes(64 + 16)
     blank_sum = sum(head) + 8 * 32 + sum(tail)  # the checksum counts its own field as blanks
     header = (head + b"%06o\0 " % blank_sum + tail).ljust(BLOCK, b"\0")
-    return header + data + bytes(-len(data) % BLOCK)
+    return header, data, bytes(-len(data) % BLOCK)
 
 
 def encode_index(records: Index) -> bytes:
