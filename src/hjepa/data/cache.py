@@ -26,7 +26,6 @@ import sys
 import threading
 import time
 import uuid
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from isal import isal_zlib
 from numpy.typing import NDArray
 
 from hjepa.errors import HjepaError, UserError
@@ -150,7 +150,7 @@ class BlockCache:
         """
         if self.has(name, size):
             return Filled.KEPT
-        with self._explained(), self._locked(_group(zlib.crc32(name.encode()) % LOCK_GROUPS), wait=wait) as lock:
+        with self._explained(), self._locked(_group(isal_zlib.crc32(name.encode()) % LOCK_GROUPS), wait=wait) as lock:
             if lock is None:
                 return Filled.BUSY
             if self.has(name, size):
@@ -446,7 +446,7 @@ class ShardStream:
         if shard in self._whole:
             facts = self._shards[shard]
             data = self.cache.read(facts["sha256"], facts["bytes"], offset, length)
-            if data is not None and zlib.crc32(data) == crc32:
+            if data is not None and isal_zlib.crc32(data) == crc32:
                 return data
             self._whole.discard(shard)
             if data is not None:
@@ -454,7 +454,7 @@ class ShardStream:
         block = int(self.block_of[i])
         name, size = self._file(block)
         data = self.cache.read(name, size, offset - int(self._first[block]), length)
-        if data is None or zlib.crc32(data) == crc32:
+        if data is None or isal_zlib.crc32(data) == crc32:
             return data
         self._drop(name, i)
         return None
@@ -471,7 +471,7 @@ class ShardStream:
             view = memoryview(data)
             for i in members:
                 _, offset, length, _, crc32 = self._index[i].item()
-                if zlib.crc32(view[offset - first : offset - first + length]) != crc32:
+                if isal_zlib.crc32(view[offset - first : offset - first + length]) != crc32:
                     return int(i)
             return None
 
@@ -479,7 +479,7 @@ class ShardStream:
 
     def _direct(self, i: int) -> bytes:
         shard, offset, length, _, crc32 = self._index[i].item()
-        return self._verified(shard, offset, length, lambda data: None if zlib.crc32(data) == crc32 else i)
+        return self._verified(shard, offset, length, lambda data: None if isal_zlib.crc32(data) == crc32 else i)
 
     def _verified(self, shard: int, first: int, length: int, damaged: Callable[[bytes], int | None]) -> bytes:
         """Bytes of the object that ``damaged`` finds no fault with; it gives the sample that is not what it was."""

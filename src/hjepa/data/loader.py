@@ -10,7 +10,6 @@ import itertools
 import math
 import mmap
 import os
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +22,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
+from isal import isal_zlib
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -33,6 +33,7 @@ from hjepa.data.shards import ShardReader, read_index
 from hjepa.data.transforms import (
     decode_image,
     draw_view,
+    empty_views,
     eval_view,
     size_of,
     to_channels,
@@ -111,7 +112,7 @@ class ShardDataset:
         if path is None:
             path = self._paths[shard] = self.fetch(self._keys[shard])
         data = self._reader.read(path, offset, length)
-        if len(data) != length or zlib.crc32(data) != crc32:
+        if len(data) != length or isal_zlib.crc32(data) != crc32:
             raise HjepaError(
                 f"sample {i} of the {self.split} split is damaged in {path} (bytes {offset} to {offset + length}): "
                 "remove this file, so that it is fetched again"
@@ -142,7 +143,7 @@ class ShardDataset:
         count = len(self) if limit is None else min(limit, len(self))
         if self.shape is None or count * self.channels * self.shape[0] * self.shape[1] > budget_bytes:
             return None
-        images = np.empty((count, self.channels, *self.shape), dtype=np.uint8)
+        images = np.empty((count, *self.shape, self.channels), dtype=np.uint8).transpose(0, 3, 1, 2)
         if self.stream is not None:
             self.stream.fetch(range(count))
 
@@ -421,8 +422,7 @@ class TrainLoader:
             flipped = torch.from_numpy(view_draws(self.seed, epochs, samples)[:, -1] < 0.5)
             return torch.where(flipped[:, None, None, None], views.flip(-1), views)
         draws = view_draws(self.seed, epochs, samples)
-        shape = (len(samples), self.channels, self.image_size, self.image_size)
-        views = torch.empty(shape, dtype=torch.uint8) if out is None else out
+        views = empty_views(len(samples), self.channels, self.image_size) if out is None else out
         # In random order a first batch is all over the set, so that its blocks are nearly the whole of it.
         sparse = self._windows is None or self._batches_made < PREFETCHED_BATCHES
         self._batches_made += 1
@@ -538,8 +538,7 @@ class EvalLoader:
         """Args as those of ``TrainLoader.batch``."""
         start = number * self.batch_size
         stop = min(start + self.batch_size, self.samples)
-        shape = (stop - start, self.channels, self.image_size, self.image_size)
-        views = torch.empty(shape, dtype=torch.uint8) if out is None else out[: stop - start]
+        views = empty_views(stop - start, self.channels, self.image_size) if out is None else out[: stop - start]
         encoded = self.dataset.encoded(range(start, stop), sparse=False)
         for k, i in enumerate(range(start, stop)):
             image = to_channels(torch.from_numpy(self.dataset.read(i, encoded[k])[0]), self.channels)
@@ -659,8 +658,10 @@ class _Slots:
     _numbers: ClassVar[Iterator[int]] = itertools.count()
 
     def __init__(self, workers: int, shape: tuple[int, ...]):
-        size = (workers, PREFETCHED_BATCHES + 1, *shape)
-        self.images = torch.frombuffer(mmap.mmap(-1, math.prod(size)), dtype=torch.uint8).view(size)
+        count, channels, height, width = shape
+        size = (workers, PREFETCHED_BATCHES + 1, count, height, width, channels)
+        memory = torch.frombuffer(mmap.mmap(-1, math.prod(size)), dtype=torch.uint8)
+        self.images = memory.view(size).permute(0, 1, 2, 5, 3, 4)  # as ``empty_views``
         self.number = next(self._numbers)
         self._open[self.number] = self
 

@@ -16,7 +16,6 @@ import signal
 import tempfile
 import time
 import warnings
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -28,6 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
+from isal import isal_zlib
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -420,7 +420,7 @@ def _looked_at(split: Split, i: int, *, shown: bool, on_large: Callable[[], obje
         content=content.digest(),
         shape=(height, width),
         moments=_moments(picture.pixels, data.channels),
-        crc32=zlib.crc32(picture.encoded),
+        crc32=isal_zlib.crc32(picture.encoded),
         perceptual=perceptual_hash(picture.pixels) if data.find_duplicates else None,
         thumbnail=contact_sheet.thumbnail(picture.pixels) if shown else None,
     )
