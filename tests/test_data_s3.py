@@ -6,7 +6,9 @@ import csv
 import io
 import json
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hjepa.adapters.datasets import TarIndexes
 from hjepa.adapters.s3 import ObjectInfo, ObjectNotFoundError, S3Store
 from hjepa.cli import main
 from hjepa.config import DataConfig, StorageConfig
@@ -188,6 +191,50 @@ def test_s3__tar_members_are_read_by_range_and_headers_in_large_pieces(store: S3
     assert (payload, label) == (PICTURES[NAMES[number]], number // 20)
     assert start is not None
     assert key.startswith("part-")
+
+
+def tars_read(counting: Counting) -> list[str]:
+    found = [key for key, *_ in counting.reads if key.endswith(".tar")]
+    counting.reads.clear()
+    return sorted(found)
+
+
+def test_s3__what_lies_where_in_tar_files_is_found_once(store: S3Store) -> None:
+    put(store, tar_objects()[1])
+    shards = ["part-0.tar", "part-1.tar", "part-2.tar"]
+    indexes, counting, data = TarIndexes(S3Store(f"{store.uri()}-runs")), Counting(store), config(store, "tar-shards")
+
+    def open_again(**settings: Any) -> Source:
+        return open_source(data.model_copy(update=settings), lambda _: counting, indexes)
+
+    first = open_again()
+    assert tars_read(counting) == shards
+    again = open_again()
+    assert tars_read(counting) == []
+    assert names(again) == names(first) == names(open_source(data, OPEN))
+    assert (again.fingerprint(), again.classes, again.notes) == (first.fingerprint(), first.classes, first.notes)
+    # Other labels, other content, and damage are found out anew.
+    open_again(label_column="caption")
+    assert tars_read(counting) == shards
+    store.put_bytes("part-1.tar", store.get_bytes("part-0.tar"))
+    open_again()
+    assert tars_read(counting) == ["part-1.tar"]
+    for number, item in enumerate(list(indexes.store.list())):
+        content = indexes.store.get_bytes(item.key)
+        indexes.store.put_bytes(item.key, (content[:-3], b"", zlib.compress(b"[]"))[number % 3])
+    open_again()
+    assert tars_read(counting) == shards
+
+
+def test_s3__pods_that_open_tar_files_together_share_the_reading(store: S3Store) -> None:
+    tar = tar_objects()[1]["part-0.tar"]
+    put(store, {f"{number:02d}.tar": tar for number in range(60)})
+    indexes, data = TarIndexes(S3Store(f"{store.uri()}-runs")), config(store, "tar-shards")
+    counting = Counting(store)
+    with ThreadPoolExecutor(2) as pods:
+        sources = list(pods.map(lambda _: open_source(data, lambda _: counting, indexes), range(2)))
+    assert len(tars_read(counting)) < 1.5 * 60
+    assert sources[0].fingerprint() == sources[1].fingerprint()
 
 
 def test_s3__patterns_and_single_tars(store: S3Store) -> None:

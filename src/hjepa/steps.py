@@ -915,7 +915,8 @@ def prepare_parts(*, resolved_path: str, pod: int, pods: int) -> None:
 def _source(run: Run) -> Source:
     from hjepa.data.datasets import open_source
 
-    source = open_source(run.config.data, functools.partial(S3Store.from_config, run.config.storage))
+    open_store = functools.partial(S3Store.from_config, run.config.storage)
+    source = open_source(run.config.data, open_store, datasets.TarIndexes(run.store))
     say(f"source: {source.name}, {source.detail}")
     return source
 

@@ -17,6 +17,7 @@ from hjepa.data.shards import BLOCK, parse_index
 from hjepa.errors import HjepaError, UserError
 
 PREFIX = "datasets/"
+TAR_INDEXES = "tar-indexes/"
 MANIFEST = "dataset.json"
 CHECKSUM = "sha256"  # in the manifest, of the rest of it
 NEEDED = {"name", "digest", "splits", "classes", "channels", "statistics", "quarantine", "source", "prepare"}
@@ -62,6 +63,22 @@ class StoredDataset:
     @property
     def bytes(self) -> int:
         return sum(int(file["bytes"]) for file in self.files())
+
+
+@dataclass(frozen=True)
+class TarIndexes:
+    """Where the images in other people's tar files lie: ``hjepa.data.files.Findings`` in the store of the runs."""
+
+    store: S3Store
+
+    def get(self, name: str) -> bytes | None:
+        try:
+            return self.store.get_bytes(TAR_INDEXES + name)
+        except ObjectNotFoundError:
+            return None
+
+    def put(self, name: str, content: bytes) -> None:
+        self.store.put_bytes(TAR_INDEXES + name, content)
 
 
 def put_manifest(store: S3Store, key: str, manifest: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 from hjepa.config import DataConfig
 from hjepa.data import torchvision_sets
 from hjepa.data.fashion_mnist import check_fashion_mnist, open_fashion_mnist
-from hjepa.data.files import S3, OpenStore
+from hjepa.data.files import S3, Findings, OpenStore
 from hjepa.data.image_folder import check_image_folder, open_image_folder
 from hjepa.data.sources import Source
 from hjepa.data.table import check_table, open_table
@@ -21,34 +21,40 @@ T = TypeVar("T")
 
 
 class Row(NamedTuple):
-    open: Callable[[DataConfig, OpenStore | None], Source]
+    open: Callable[[DataConfig, OpenStore | None, Findings | None], Source]
     check: Callable[[DataConfig, OpenStore | None], list[str]]
     in_s3: bool = True  # whether data.root may be an S3 prefix
 
 
-def _local(function: Callable[[DataConfig], T]) -> Callable[[DataConfig, OpenStore | None], T]:
+def _local(function: Callable[[DataConfig], T]) -> Callable[..., T]:
     """For a set that is read from this machine alone."""
-    return lambda data, _: function(data)
+    return lambda data, *_: function(data)
+
+
+def _anywhere(function: Callable[[DataConfig, OpenStore | None], T]) -> Callable[..., T]:
+    """For a set that a listing tells everything of."""
+    return lambda data, open_store, *_: function(data, open_store)
 
 
 DATASETS: dict[str, Row] = {
     "fashion-mnist": Row(_local(open_fashion_mnist), _local(check_fashion_mnist), in_s3=False),
-    "image-folder": Row(open_image_folder, check_image_folder),
-    "table": Row(open_table, check_table),
+    "image-folder": Row(_anywhere(open_image_folder), check_image_folder),
+    "table": Row(_anywhere(open_table), check_table),
     "tar-shards": Row(open_tar_shards, check_tar_shards),
 }
 
 
-def open_source(data: DataConfig, open_store: OpenStore | None = None) -> Source:
+def open_source(data: DataConfig, open_store: OpenStore | None = None, findings: Findings | None = None) -> Source:
     """The splits of ``data.name``, fetched if need be. Images are not decoded yet.
 
     Args:
         open_store: The way to S3; None where there is none.
+        findings: Where to keep what takes long to find out about files in S3.
 
     Raises:
         UserError: if the name is unknown or nothing usable is found.
     """
-    return _row_for(data).open(data, open_store)
+    return _row_for(data).open(data, open_store, findings)
 
 
 def check_source(data: DataConfig, open_store: OpenStore | None = None) -> list[str]:

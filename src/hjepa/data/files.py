@@ -51,6 +51,15 @@ OpenStore = Callable[[str], ObjectStore]
 """From ``s3://bucket/prefix`` to its objects. It sends nothing, so nothing is wrong yet with what is not there."""
 
 
+class Findings(Protocol):
+    """What was found out about objects, kept for good, so that nobody has to read as much of them again."""
+
+    def get(self, name: str) -> bytes | None:
+        """None if nothing is kept under this name."""
+
+    def put(self, name: str, content: bytes) -> None: ...
+
+
 class Files(Protocol):
     """Files below one folder. Names are relative to it, with slashes."""
 

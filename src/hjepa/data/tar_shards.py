@@ -1,8 +1,10 @@
 """Tar files of samples, named as the webdataset library names them: ``KEY.jpg`` with ``KEY.cls`` or ``KEY.json``.
 
-One pass over the headers finds every image; workers then read single images from where they lie. Nothing is extracted,
-so that a member's name, wherever it leads, is only a name. What ``prepare`` wrote itself is recognised by its manifest
-and keeps its order and its classes: prepared again with the same settings, it gives the same digest.
+One pass over the headers finds every image; workers then read single images from where they lie. Over a network that
+pass takes as long as reading all of the files, so what it found is kept, and those who need it at the same time share
+it. Nothing is extracted, so that a member's name, wherever it leads, is only a name. What ``prepare`` wrote itself is
+recognised by its manifest and keeps its order and its classes: prepared again with the same settings, it gives the same
+digest.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import re
+import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hjepa.config import DataConfig
-from hjepa.data.files import Files, LocalFiles, OpenStore, open_folder, split_path
+from hjepa.data.files import Files, Findings, LocalFiles, OpenStore, open_folder, split_path
 from hjepa.data.image_folder import SUFFIXES
 from hjepa.data.images import RejectedError
 from hjepa.data.labelled import NONE, PART_WORDS, TRAIN, MakeSplit, Samples, build_source
@@ -41,6 +45,7 @@ MAX_EXPANSIONS = 100_000
 MAX_DAMAGE_NOTES = 5
 MANIFEST = "dataset.json"
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+INDEX = "tar-index-1"  # in the names of findings; another number means that scans find something else
 EXPANSION = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -102,13 +107,16 @@ class TarSplit:
         return hasher.hexdigest()
 
 
-def open_tar_shards(data: DataConfig, open_store: OpenStore | None = None) -> Source:
+def open_tar_shards(data: DataConfig, open_store: OpenStore | None = None, findings: Findings | None = None) -> Source:
     """
+    Args:
+        findings: Keeps where the images in files in S3 lie.
+
     Raises:
         UserError: if there is no such file or folder, a shard is compressed or unreadable, or none holds an image.
     """
     files, shards, title = _shards(data, open_store)
-    return _open(files, shards, title, data)
+    return _open(files, shards, title, data, findings)
 
 
 def check_tar_shards(data: DataConfig, open_store: OpenStore | None = None) -> list[str]:
@@ -123,12 +131,12 @@ def check_tar_shards(data: DataConfig, open_store: OpenStore | None = None) -> l
     return check_samples(_open(files, shards, title, data), data) + notes
 
 
-def _open(files: Files, shards: list[str], title: str, data: DataConfig) -> Source:
+def _open(files: Files, shards: list[str], title: str, data: DataConfig, findings: Findings | None = None) -> Source:
     where = f"data.root={data.root}"
     own = _own_manifest(files, shards)
     if own is not None:
         shards = own.shards
-    samples, found, notes = _joined(shards, _scan_all(files, shards, data, where))
+    samples, found, notes = _joined(shards, _scan_all(files, shards, data, where, findings))
     if not len(samples.names):
         raise UserError(
             f"{where}: no image in {len(shards)} tar files (looked for members named {' '.join(SUFFIXES)})"
@@ -277,14 +285,66 @@ class _Scan(NamedTuple):
     notes: Counter[str]
     damage: str  # empty if the file is whole
 
+    def encoded(self) -> bytes:
+        """Some twenty bytes per sample, where a tuple of lists takes ten times as many."""
+        return zlib.compress(json.dumps(self).encode())
 
-def _scan_all(files: Files, shards: Sequence[str], data: DataConfig, where: str) -> Iterator[_Scan]:
+    @classmethod
+    def decoded(cls, content: bytes) -> _Scan:
+        """
+        Raises:
+            ValueError: if that is nothing which ``encoded`` gave.
+        """
+        try:
+            scan = cls(*json.loads(zlib.decompress(content)))
+        except (zlib.error, TypeError) as error:
+            raise ValueError(str(error)) from None
+        return scan._replace(notes=Counter(scan.notes))
+
+
+def _scan_all(
+    files: Files, shards: Sequence[str], data: DataConfig, where: str, findings: Findings | None
+) -> Iterator[_Scan]:
     """In the order of the shards; over a network several at once."""
     if isinstance(files, LocalFiles):
         yield from (_scan(files, shard, data, where, LOCAL_WINDOW) for shard in shards)
         return
-    with ThreadPoolExecutor(REMOTE_THREADS) as pool:
-        yield from pool.map(lambda shard: _scan(files, shard, data, where, REMOTE_WINDOW), shards)
+
+    def scan(shard: str) -> bytes:
+        """Encoded, for nearly all of them may have to wait for the first."""
+        known = None if findings is None else _known(files, shard, data, findings)
+        if known is None:
+            known = _scan(files, shard, data, where, REMOTE_WINDOW).encoded()
+            if findings is not None:
+                findings.put(_finding(files, shard, data), known)
+        return known
+
+    pool = ThreadPoolExecutor(REMOTE_THREADS)
+    try:
+        # Pods that start together each begin somewhere else, and find the work of the others done.
+        order = list(shards) if findings is None else random.sample(shards, len(shards))
+        pending = {shard: pool.submit(scan, shard) for shard in order}
+        for shard in shards:
+            yield _Scan.decoded(pending.pop(shard).result())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _finding(files: Files, shard: str, data: DataConfig) -> str:
+    """The name of what is known of a shard in its present state."""
+    state = ascii((files.where, shard, files.state(shard), data.label_column))
+    return f"{INDEX}-{hashlib.sha256(state.encode()).hexdigest()}"
+
+
+def _known(files: Files, shard: str, data: DataConfig, findings: Findings) -> bytes | None:
+    content = findings.get(_finding(files, shard, data))
+    if content is None:
+        return None
+    try:
+        _Scan.decoded(content)
+    except ValueError:  # damaged; it is found out again
+        return None
+    return content
 
 
 def _scan(files: Files, shard: str, data: DataConfig, where: str, window: int) -> _Scan:
