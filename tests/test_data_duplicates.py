@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +51,13 @@ def test_hash__different_pictures_are_far_apart() -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 500), (5000, 130)])
 def test_hash__any_size(size: tuple[int, int]) -> None:
-    assert 0 <= perceptual_hash(np.asarray(picture(0, size))) < 2**64
+    hashed = perceptual_hash(np.asarray(picture(0, size)))
+    assert hashed is None if size == (1, 1) else 0 <= hashed < 2**64
+
+
+@pytest.mark.parametrize("colour", ["white", "black", "red", (7, 200, 30)])
+def test_hash__a_plain_colour_has_none(colour: Any) -> None:
+    assert perceptual_hash(np.asarray(Image.new("RGB", (90, 70), colour))) is None
 
 
 @pytest.mark.parametrize("size", [(50, 40), (300, 301), (130, 999)])

@@ -7,6 +7,7 @@ import io
 import os
 import struct
 import tempfile
+import tracemalloc
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -554,6 +555,63 @@ def test_decode__a_few_rows_at_a_time_gives_the_same(monkeypatch: pytest.MonkeyP
     np.testing.assert_array_equal(by_rows.pixels, whole.pixels)
     assert by_rows.encoded == whole.encoded
     assert len(np.unique(whole.pixels)) >= 2
+
+
+def damaged_thumbnails() -> dict[str, bytes]:
+    pixels = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)
+    good = encode_unfiltered(pixels)
+    rows = np.pad(pixels.reshape(28, 84), ((0, 1), (1, 0)))  # a row too many
+
+    def with_stream(stream: bytes) -> bytes:
+        head = good[: good.index(b"IDAT") - 4]
+        chunk = b"IDAT" + stream
+        return head + struct.pack(">I", len(stream)) + chunk + struct.pack(">I", zlib.crc32(chunk)) + good[-12:]
+
+    stream = zlib.compress(rows[:28].tobytes())
+    return {
+        "cut off": with_stream(stream[:-4]),
+        "wrong checksum": with_stream(stream[:-1] + bytes([stream[-1] ^ 1])),
+        "a row too many": with_stream(zlib.compress(rows.tobytes())),
+        "a bomb": with_stream(zlib.compress(rows[:28].tobytes() + bytes(50_000_000))),
+        "whole": with_stream(stream),
+    }
+
+
+@pytest.mark.parametrize("kind", ["cut off", "wrong checksum", "a row too many", "a bomb", "whole"])
+def test_decode__damaged_thumbnails_are_refused_or_trained_on_as_prepared(kind: str) -> None:
+    data = damaged_thumbnails()[kind]
+    tracemalloc.start()
+    assert (decode_unfiltered(data) is not None) == (kind == "whole")
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+    try:
+        picture = decode(data, max_pixels=LIMIT)
+    except RejectedError:
+        return
+    np.testing.assert_array_equal(decode_image(picture.encoded, 3).numpy().transpose(1, 2, 0), picture.pixels)
+
+
+def test_decode__jpeg_with_a_sampling_that_one_decoder_has_no_name_for_is_encoded_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = encode(photo(), "JPEG")
+
+    def unnamed(*args: object, **options: object) -> None:
+        raise KeyError(6)
+
+    header = simplejpeg.decode_jpeg_header
+    calls = iter([unnamed, unnamed, header, header])
+    monkeypatch.setattr(simplejpeg, "decode_jpeg_header", lambda *args, **options: next(calls)(*args, **options))
+    picture = decode(data, max_pixels=LIMIT)
+    assert picture.suffix == "jpg"
+    assert picture.encoded != data
+
+
+def test_decode__refuses_a_jpeg_of_very_many_scans() -> None:
+    data = encode(photo(), "JPEG", progressive=True)
+    scan = data[data.rindex(images.SCAN) : -2]
+    with pytest.raises(RejectedError, match=r"too-many-scans: 2\d\d scans of a JPEG"):
+        decode(data[:-2] + scan * 200 + data[-2:], max_pixels=LIMIT)
 
 
 def test_decode__tells_before_a_large_picture(monkeypatch: pytest.MonkeyPatch) -> None:

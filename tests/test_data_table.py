@@ -114,7 +114,7 @@ def test_columns__are_found_by_their_names(tmp_path: Path, header: list[str], se
         (["path", "image"], {}, r"'path' and 'image' may both be meant\. Set data\.path_column"),
         (["path", "label", "class"], {}, r"'label' and 'class' may both be meant\. Set data\.label_column.*empty text"),
         (["path", "split", "subset"], {}, r"'split' and 'subset' may both be meant"),
-        (["path", "path"], {}, r"'path' and 'path' may both be meant"),
+        (["path", "path"], {}, r"more than one column is called 'path'\. Rename"),
         (["path", "x"], {"label_column": "y"}, r"data\.label_column=y, but the columns are 'path', 'x'"),
         (["img/0.jpg", "cat"], {}, r"the first line is 'img/0\.jpg,cat', expected the names of the columns"),
         ([], {}, r"no column is known.*none at all"),
@@ -268,6 +268,48 @@ def test_csv__quotes_hold_separators_and_line_breaks(tmp_path: Path) -> None:
     assert set(odd) <= set(everything(source))
 
 
+def test_csv__blanks_after_paths_that_are_aligned_by_eye_are_no_part_of_them(tmp_path: Path) -> None:
+    names = pictures(tmp_path)
+    (tmp_path / "t.csv").write_text("path    , label\n" + "".join(f"{name}   , {len(name) % 2}\n" for name in names))
+    assert set(everything(open_source(config(tmp_path / "t.csv")))) == set(names)
+
+
+@pytest.mark.parametrize("other", ["test", "val"])
+def test_splits__images_of_no_split_are_trained_on_where_none_is_marked_so(tmp_path: Path, other: str) -> None:
+    names = pictures(tmp_path, 30)
+    rows = [(name, "ab"[i % 2], other if i < 10 else "") for i, name in enumerate(names)]
+    source = open_source(config(write_csv(tmp_path / "t.csv", ["path", "label", "split"], rows)))
+    assert {title: set(part) for title, part in contents(source).items()} == {
+        "train": set(names[10:]),
+        "test": set(names[:10]),
+    }
+    assert "no image is marked for training, so the 20 of no split are trained on" in spoken(source)
+
+
+def test_splits__a_set_of_test_images_alone_is_one_without_splits(tmp_path: Path) -> None:
+    rows = [(name, "ab"[i % 2], "test") for i, name in enumerate(pictures(tmp_path, 30))]
+    source = open_source(config(write_csv(tmp_path / "t.csv", ["path", "label", "split"], rows)))
+    assert sum(map(len, source.splits.values())) == 30
+    assert "all images are of the test split: they are taken as one set without splits" in spoken(source)
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "note"),
+    [
+        (["-1", "1"], ("-1", "1"), None),
+        (["-1", "0", "1"], ("0", "1"), "10 images have a negative label"),
+        (["0.0", "1.0", "nan"], ("0", "1"), "10 images have a negative label, or one such as nan"),
+        (["None", "some"], ("None", "some"), None),
+    ],
+)
+def test_labels__that_mean_none(tmp_path: Path, labels: list[str], classes: tuple[str, ...], note: str | None) -> None:
+    rows = [(name, labels[i % len(labels)]) for i, name in enumerate(pictures(tmp_path, 30))]
+    source = open_source(config(write_csv(tmp_path / "t.csv", ["path", "label"], rows)))
+    assert source.classes == classes
+    assert ("negative" in spoken(source)) == (note is not None)
+    assert note is None or note in spoken(source)
+
+
 def test_csv__paths_that_are_not_utf8_are_read(tmp_path: Path) -> None:
     names = pictures(tmp_path)
     with open(os.fsencode(tmp_path) + b"/img/caf\xe9.jpg", "wb") as file:
@@ -395,6 +437,7 @@ def test_quarantine__missing_folders_pipes_and_links_are_listed_and_above_the_li
     bad = ["gone.jpg", "pipe.jpg", "loop.jpg", "folder.jpg", "nul\0.jpg", f"{'x' * 300}.jpg"]
     path = write_csv(tmp_path / "t.csv", ["path"], [[name] for name in [*names, *bad]])
     data = config(path)
+    assert len(open_source(data).fingerprint()) == 64
     with pytest.raises(QuarantineError, match=r"6 of 66 files \(9\.1%\) cannot be used: 6 unreadable") as caught:
         prepare(open_source(data), data, tmp_path / "out")
     assert caught.value.exit_code == 2

@@ -539,6 +539,17 @@ def contradictions(config: Config) -> list[tuple[tuple[str, ...], str]]:
             (f"data.{key}", "data.name"),
             f"{value!r} says something about {' or '.join(kinds)}, but data.name is {data.name}",
         )
+    check(
+        data.remove_leaks and not data.find_duplicates,
+        ("data.remove_leaks", "data.find_duplicates"),
+        "only what is looked for can be removed; set data.find_duplicates=true",
+    )
+    check(
+        data.root is not None and not data.root.strip(),
+        ("data.root",),
+        "an empty text; name the folder, the table or the tar files, or use null for a set that fetches itself",
+    )
+    check(data.shard_mb > 5000, ("data.shard_mb",), "S3 copies objects of at most 5 GB; use at most 5000")
     size, patch, levels = data.image_size, model.patch_size, model.num_levels
     check(
         size % patch != 0,

@@ -157,7 +157,9 @@ class BlockCache:
                 return Filled.KEPT
             if size > self.limit_bytes or not self._clear_disk(size):
                 return Filled.REFUSED
-            return Filled.KEPT if self._store(name, fetch()) else Filled.REFUSED
+            content = fetch()
+            self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed all of it meanwhile
+            return Filled.KEPT if self._store(name, content) else Filled.REFUSED
 
     def adopt(self, path: Path, name: str) -> None:
         """Move a file of the same disk into the cache, if it fits, as a whole file that any reader may use."""
@@ -256,7 +258,7 @@ class BlockCache:
         now = time.monotonic()
         if now - self._touched.get(name, -TOUCH_SECONDS) >= TOUCH_SECONDS:
             self._touched[name] = now
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # without it the file only seems less used than it is
                 os.utime(self.folder / name)
 
     @contextlib.contextmanager
@@ -286,6 +288,8 @@ class BlockCache:
     def _explained(self) -> Iterator[None]:
         try:
             yield
+        except HjepaError:  # of the store, where no object is an OSError as well
+            raise
         except OSError as error:
             where = f"data.cache_dir: {self.folder}"
             if error.errno in {errno.ENOSPC, errno.EDQUOT}:

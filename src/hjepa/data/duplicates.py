@@ -21,18 +21,24 @@ from hjepa.data.images import Pixels, row_bands
 PARTS, PART_BITS = 4, 16
 MAX_DISTANCE = PARTS - 1  # bits
 REDUCED = 64  # pixels of the short side before hashing; the library resizes large images slowly
+PLAIN_LEVELS = 2  # grey levels between the darkest and the brightest place of an image without a content
 PAIRS_AT_ONCE = 1 << 22  # compared at a time: 32 MB
 Hashes = NDArray[np.uint64]
 
 
-def perceptual_hash(pixels: Pixels) -> int:
-    """64 bits that change little when an image is scaled, recompressed or slightly retouched."""
+def perceptual_hash(pixels: Pixels) -> int | None:
+    """64 bits that change little when an image is scaled, recompressed or slightly retouched.
+
+    None for an image of one plain colour: all of those would have the same hash, whatever their colours.
+    """
     height, width = pixels.shape[:2]
     factor = max(1, min(height, width) // REDUCED)
     small = Image.new("L", (-(-width // factor), -(-height // factor)))
     for rows in row_bands(height, pixels[0].nbytes, multiple=factor):
         band = Image.fromarray(pixels[rows]).convert("L")
         small.paste(band.reduce(factor) if factor > 1 else band, (0, rows.start // factor))
+    if np.ptp(np.asarray(small)) <= PLAIN_LEVELS:
+        return None
     bits = np.packbits(imagehash.phash(small).hash)
     return int.from_bytes(bits.tobytes(), "big")
 

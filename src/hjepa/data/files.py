@@ -22,6 +22,7 @@ from hjepa.errors import UserError
 S3 = "s3://"
 URL = re.compile(r"\w+://")
 MAX_READ_BYTES = 2 << 30  # at once: no image is larger, and one sparse file can pretend to be of any size
+MAX_KEY_BYTES = 1024
 State = tuple[int, int | str]
 """(bytes, modification time in ns or ETag), by which a change is seen without reading."""
 
@@ -205,6 +206,10 @@ class ObjectFiles:
         return hasher.hexdigest()
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        if len(key := (self.prefix + name).encode("utf-8", "surrogateescape")) > MAX_KEY_BYTES:
+            raise OSError(errno.ENAMETOOLONG, f"a key of {len(key)} bytes, S3 has {MAX_KEY_BYTES} at most", name)
+        if b"\0" in key:
+            raise OSError(errno.EINVAL, "a key with a NUL, which S3 does not have", name)
         _require_readable(self.state(name)[0] if length is None else length, name)
         if start == 0 and length is None:
             return self.store.get_bytes(self.prefix + name)
@@ -252,8 +257,13 @@ def open_folder(root: str, open_store: OpenStore | None, *, key: str, holds: str
                 f"hjepa prepare-data). Training alone reads local files: copy them, and set {key} to the copy."
             )
         return ObjectFiles(open_store(root), root)
-    folder = Path(root).expanduser()
-    if not folder.exists():
+    try:
+        folder = Path(root).expanduser()
+        there = folder.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name, or no such user
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"{key}={root}: {reason}. Set {key} to {holds}.") from None
+    if not there:
         raise UserError(f"{key}={root}: there is no such folder. Set {key} to {holds}.")
     if not folder.is_dir():
         raise UserError(f"{key}={root} is a file, expected {holds}.")

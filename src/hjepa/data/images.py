@@ -22,6 +22,7 @@ Pixels = NDArray[np.uint8]  # (H, W) or (H, W, 3)
 # Formats that decode in this process alone; PIL would hand others, such as EPS, to an external interpreter.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
 ORIENTATION = 0x0112  # EXIF tag
+SCAN, MAX_SCANS = b"\xff\xda", 200  # progressive encoders make a dozen; thumbnails and the like have some, too
 LARGE_PIXELS = 16_000_000  # a larger picture takes up to 900 MB, so there should be one at a time
 BAND_BYTES = 16_000_000  # of a picture that is worked on a few rows at a time
 UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
@@ -121,6 +122,9 @@ def _decode_other(image: Image.Image, data: bytes, short_side: int | None) -> Pi
 
 def _decode_photo(image: Image.Image, data: bytes, short_side: int | None, jpeg_quality: int) -> Picture:
     """A JPEG of which PIL has read the header. It stays one, for as a PNG a photograph would grow tenfold."""
+    # Each scan goes over the whole picture, so that a small file can take minutes.
+    if (scans := data.count(SCAN)) > MAX_SCANS:
+        raise RejectedError("too-many-scans", f"{scans} scans of a JPEG, expected at most {MAX_SCANS}")
     larger = _is_larger(image, short_side)
     pixels = None
     if image.mode in ("L", "RGB"):

@@ -30,7 +30,10 @@ def decode_jpeg(
     """
     if rows is not None:
         data = _first_rows(data, rows)
-    height, width, kind, _ = simplejpeg.decode_jpeg_header(data, strict=strict)
+    try:
+        height, width, kind, _ = simplejpeg.decode_jpeg_header(data, strict=strict)
+    except KeyError as error:  # how simplejpeg refuses a kind of colour sampling that it has no name for
+        raise ValueError(f"colour sampling {error}") from None
     grey = kind == "Gray"
     part = 1 if least is None else next((part for part in (8, 4, 2) if min(height, width) >= part * least), 1)
     pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(

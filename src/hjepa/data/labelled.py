@@ -22,6 +22,7 @@ PART_WORDS = {
     "val": VAL, "valid": VAL, "validation": VAL,
 }  # fmt: skip
 NONE = -1
+MISSING = {"nan", "na", "n/a", "null", "none"}
 # Also what pandas makes of whole numbers once one of them is missing.
 INTEGER = re.compile(r"\s*([+-]?[0-9]{1,18})(?:\.0*)?\s*")
 
@@ -69,12 +70,11 @@ def build_source(
     used = np.ones(len(samples.names), dtype=bool) if left_out is None else ~left_out
     parts = np.frombuffer(samples.parts, dtype=np.int8)
     labels, names = _numbered(samples)
-    has_train = bool((used & (parts == TRAIN)).any())
-    train = used & (parts == TRAIN) if has_train else used
-    if has_train and (nowhere := int((used & (parts == NONE)).sum())):
-        notes.append(f"{nowhere} images belong to no split and were left out")
+    if negative := int((used & (labels == NONE) & (np.frombuffer(samples.labels, dtype=np.int32) != NONE)).sum()):
+        notes.append(f"{negative} images have a negative label, or one such as nan: taken as none")
+    train, is_split = _training_part(parts, used, notes)
     classes = _classes_of(labels, train, names, notes)
-    test = _test_part(parts, used, labels, bool(classes), notes) if has_train else np.zeros_like(used)
+    test = _test_part(parts, used, labels, bool(classes), notes) if is_split else np.zeros_like(used)
     numbers = None
     if classes:
         unknown = sorted(set(np.unique(labels[test]).tolist()) - {NONE} - set(classes))
@@ -109,13 +109,15 @@ def build_source(
 def _numbered(samples: Samples) -> tuple[NDArray[np.int32], list[str]]:
     """Labels (N,) that sort as their classes do, and the name of each.
 
-    If all are whole numbers, ``01`` and ``1.0`` are the class ``1``, and a negative one means that there is no label.
+    If all are whole numbers, ``01`` and ``1.0`` are the class ``1``, and a negative one, or what programs write for a
+    missing number, means that there is no label. ``-1`` and ``1`` on their own are two classes.
     """
     labels = np.frombuffer(samples.labels, dtype=np.int32)
-    matches = [INTEGER.fullmatch(value) for value in samples.values]
+    matches = [INTEGER.fullmatch("-2" if value.lower() in MISSING else value) for value in samples.values]
     if all(matches):
         numbers = [int(match[1]) for match in matches if match is not None]
-        ordered = sorted({number for number in numbers if number >= 0})
+        least = -1 if set(numbers) == {-1, 1} else 0
+        ordered = sorted({number for number in numbers if number >= least})
         place = {number: i for i, number in enumerate(ordered)}
         ranks, names = [place.get(number, NONE) for number in numbers], [str(number) for number in ordered]
     else:
@@ -136,6 +138,29 @@ def _classes_of(labels: NDArray[np.int32], train: NDArray[np.bool_], names: list
     else:
         notes.append(f"no labels: {without}")
     return []
+
+
+def _training_part(
+    parts: NDArray[np.int8], used: NDArray[np.bool_], notes: list[str]
+) -> tuple[NDArray[np.bool_], bool]:
+    """The training images, and whether the others are of other splits; images of no split are for training if need be.
+
+    A set of which everything is of a test or a validation split is one without splits.
+    """
+    nowhere, marked = used & (parts == NONE), used & (parts == TRAIN)
+    if marked.any():
+        if nowhere.any():
+            notes.append(f"{int(nowhere.sum())} images belong to no split and were left out")
+        return marked, True
+    others = used & (parts != NONE)
+    if nowhere.any():
+        if others.any():
+            notes.append(f"no image is marked for training, so the {int(nowhere.sum())} of no split are trained on")
+        return nowhere, bool(others.any())
+    if others.any():
+        given = " and ".join(PART_NAMES[part] for part in (TEST, VAL) if (parts[others] == part).any())
+        notes.append(f"all images are of the {given} split: they are taken as one set without splits")
+    return used, False
 
 
 def _test_part(

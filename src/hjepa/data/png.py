@@ -29,7 +29,7 @@ def encode_unfiltered(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def decode_unfiltered(data: bytes) -> NDArray[np.uint8] | None:
-    """The (H, W) or (H, W, 3) pixels of ``encode_unfiltered``; None for any other file."""
+    """The (H, W) or (H, W, 3) pixels of ``encode_unfiltered``; None for any other file, damaged ones among them."""
     if not data.startswith(START) or len(data) < DATA_AT + END_BYTES or data[DATA_AT - 4 : DATA_AT] != b"IDAT":
         return None
     width, height, depth, colour_type, _, _, interlaced = HEADER.unpack_from(data, len(START))
@@ -39,8 +39,14 @@ def decode_unfiltered(data: bytes) -> NDArray[np.uint8] | None:
     channels = {0: 1, 2: 3}.get(colour_type)
     if channels is None:
         return None
-    stream = np.frombuffer(zlib.decompress(data[DATA_AT : DATA_AT + length]), dtype=np.uint8)
-    rows = stream.reshape(height, 1 + width * channels)
+    size, stream = height * (1 + width * channels), zlib.decompressobj()
+    try:
+        content = stream.decompress(data[DATA_AT : DATA_AT + length], size + 1)  # a bomb would fill the memory
+    except zlib.error:
+        return None
+    if len(content) != size or not stream.eof:
+        return None
+    rows = np.frombuffer(content, dtype=np.uint8).reshape(height, 1 + width * channels)
     if rows[:, 0].any():
         return None
     pixels = rows[:, 1:].copy()

@@ -421,9 +421,15 @@ def _looked_at(split: Split, i: int, *, shown: bool, on_large: Callable[[], obje
         shape=(height, width),
         moments=_moments(picture.pixels, data.channels),
         crc32=isal_zlib.crc32(picture.encoded),
-        perceptual=perceptual_hash(picture.pixels) if data.find_duplicates else None,
+        perceptual=_likeness(picture.pixels, content.digest()) if data.find_duplicates else None,
         thumbnail=contact_sheet.thumbnail(picture.pixels) if shown else None,
     )
+
+
+def _likeness(pixels: Pixels, content: bytes) -> int:
+    """The perceptual hash, or for an image that has none one like no other image's."""
+    hashed = perceptual_hash(pixels)
+    return int.from_bytes(content[8:16], "big") if hashed is None else hashed
 
 
 def _spooled(encoded: bytes) -> bytes | Path:

@@ -140,7 +140,7 @@ def file_state(path: Path) -> tuple[int, int]:
     """(bytes, modification time in ns), which tell of a change without reading; (-1, -1) if there is no such file."""
     try:
         stat = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name with a NUL, which a table may hold
         return -1, -1
     return stat.st_size, stat.st_mtime_ns
 

@@ -242,6 +242,8 @@ def _column(header: Sequence[str], wanted: str | None, key: str, known: Sequence
     if wanted == "":
         return None
     found = [name for name in header if (name == wanted if wanted else name.lower() in known)]
+    if len(found) > len(set(found)):
+        raise UserError(f"{where}: more than one column is called {found[0]!a}. Rename one of them.")
     if len(found) > 1:
         raise UserError(
             f"{where}: the columns {' and '.join(map(ascii, found))} may both be meant. Set {key} to the right one"
@@ -274,6 +276,8 @@ def _collect(rows: Iterable[Row], images: Files, where: str) -> tuple[Samples, N
         label = label and label.strip()
         if label and any("\ud800" <= letter <= "\udfff" for letter in label):
             raise UserError(f"{where}: the label of {path!a} is {label!a}, expected UTF-8. Save the table so.")
+        if os.path.splitext(stripped := path.rstrip())[1].lower() in SUFFIXES:
+            path = stripped  # of a table that is aligned by eye
         inside = images.inside(path)
         samples.append(path if inside is None else inside, label or None, number)
         faults.append(OUTSIDE if inside is None else FINE)
