@@ -83,8 +83,11 @@ def test_find__by_name_digest_and_uri(store: S3Store, dataset: StoredDataset, tm
         with pytest.raises(UserError, match=r"hjepa data ls"):
             find(store, store.uri(nothing))
     upload(store, tmp_path, "pets", seed=1)
-    with pytest.raises(UserError, match="2 data sets called pets: name one by its digest"):
+    with pytest.raises(UserError, match=f"2 data sets called pets: name one of .*pets/{dataset.digest[:12]}"):
         find(store, "pets")
+    assert find(store, f"pets/{dataset.digest[:12]}").key == dataset.key
+    with pytest.raises(UserError, match="no data set 'birds/"):
+        find(store, f"birds/{dataset.digest[:12]}")
 
 
 def test_verify__whole_data_set(store: S3Store, dataset: StoredDataset, capsys: pytest.CaptureFixture[str]) -> None:

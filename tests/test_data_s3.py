@@ -214,7 +214,8 @@ def test_s3__what_lies_where_in_tar_files_is_found_once(store: S3Store) -> None:
     assert names(again) == names(first) == names(open_source(data, OPEN))
     assert (again.fingerprint(), again.classes, again.notes) == (first.fingerprint(), first.classes, first.notes)
     # Other labels, other content, and damage are found out anew.
-    open_again(label_column="caption")
+    with pytest.raises(UserError, match="caption"):
+        open_again(label_column="caption")
     assert tars_read(counting) == shards
     store.put_bytes("part-1.tar", store.get_bytes("part-0.tar"))
     open_again()

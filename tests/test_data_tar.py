@@ -192,7 +192,8 @@ def test_tar__labels_from_json_and_the_field_can_be_chosen(tmp_path: Path) -> No
     assert open_source(config(path)).classes == ("cat", "dog")
     assert open_source(config(path, label_column="kind")).classes == ("0", "1", "2")
     assert open_source(config(path, label_column="")).classes == ()
-    assert open_source(config(path, label_column="nothing")).classes == ()
+    with pytest.raises(UserError, match=r"no sample has a \.json with the field 'nothing'"):
+        open_source(config(path, label_column="nothing"))
 
 
 def test_tar__cls_outranks_json_wherever_it_stands(tmp_path: Path) -> None:
@@ -354,7 +355,9 @@ def test_tar__cut_off_gives_what_is_whole_and_names_the_file(tmp_path: Path) -> 
     with tarfile.open(tmp_path / "b.tar") as tar:
         cut = tar.getmember("000029.jpg").offset_data + 100
     (tmp_path / "b.tar").write_bytes(whole[:cut])
-    source = open_source(config(tmp_path))
+    with pytest.raises(UserError, match=r"1 of 2 tar files are damaged.*to use the 29 images .*:\s+b\.tar"):
+        check_source(config(tmp_path))
+    source = open_source(config(tmp_path, quarantine_limit=0.5))
     assert images(source) == 29
     assert "b.tar is damaged: it ends inside '000029.jpg'; the 9 images before are used" in spoken(source)
     assert all(split.read(i)[0] for split in source.splits.values() for i in range(len(split)))
@@ -367,7 +370,7 @@ def test_tar__garbage_in_the_middle_is_no_silent_end(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[start : start + 512] = b"garbage!" * 64
     path.write_bytes(content)
-    source = open_source(config(tmp_path))
+    source = open_source(config(tmp_path, quarantine_limit=1.0))
     assert images(source) == 15
     assert f"a.tar is damaged: no member starts at byte {start}" in spoken(source)
 
@@ -375,14 +378,17 @@ def test_tar__garbage_in_the_middle_is_no_silent_end(tmp_path: Path) -> None:
 def test_tar__joined_files_are_told(tmp_path: Path) -> None:
     one = write_tar(tmp_path / "one", samples(10)).read_bytes()
     (tmp_path / "both.tar").write_bytes(one.rstrip(b"\0") + bytes(-len(one.rstrip(b"\0")) % 512 + 1024) + one)
-    assert "both.tar is damaged: something follows its end mark" in spoken(open_source(config(tmp_path)))
+    assert "both.tar is damaged: something follows its end mark" in spoken(
+        open_source(config(tmp_path, quarantine_limit=1.0))
+    )
 
 
 def test_tar__without_end_mark_or_empty_is_told(tmp_path: Path) -> None:
     content = write_tar(tmp_path / "a.tar", samples(10)).read_bytes()
     (tmp_path / "a.tar").write_bytes(content.rstrip(b"\0") + bytes(-len(content.rstrip(b"\0")) % 512))
+    assert "a.tar is damaged: it ends without an end mark" in spoken(open_source(config(tmp_path)))
     (tmp_path / "empty.tar").write_bytes(b"")
-    source = open_source(config(tmp_path))
+    source = open_source(config(tmp_path, quarantine_limit=0.5))
     assert images(source) == 10
     assert "a.tar is damaged: it ends without an end mark" in spoken(source)
     assert "empty.tar is damaged" in spoken(source)

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import re
+import select
 import shlex
 import signal
 import sys
@@ -44,6 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _check_run_uri(options)
         return int(options.command(options) or 0)
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter fails to flush it at exit
+        return 0
     except (HjepaError, OSError) as problem:
         from hjepa.steps import as_hjepa_error, report_error
 
@@ -60,6 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print_line(f"interrupted{_what_now(options)}", sys.stderr)
         return INTERRUPTED
+
+
+def _nobody_reads() -> bool:
+    """Whether the other end of stdout has gone, as that of ``| head`` does."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))
 
 
 def _what_now(options: argparse.Namespace) -> str:

@@ -41,7 +41,9 @@ def add_parser(
         command.set_defaults(command=run, action=function, open_store=open_store)
         add_settings(command)
         if name != "ls":
-            command.add_argument("dataset", metavar="DATASET", help="its name, the beginning of its digest, or its URI")
+            command.add_argument(
+                "dataset", metavar="DATASET", help="its name, the beginning of its digest, NAME/DIGEST, or its URI"
+            )
         return command
 
     add("ls", ls, "List the data sets.")
@@ -64,6 +66,9 @@ def ls(options: argparse.Namespace) -> None:
     found, damaged = datasets.stored(store)
     for problem in damaged:
         warn(str(problem))
+    for folder, parts in datasets.unfinished(store).items():
+        size = in_bytes(sum(part.size for part in parts))
+        say(f"being prepared, or left unfinished: {store.uri(folder)}, {counted(len(parts), 'file')}, {size}")
     if not found and not damaged:
         say(f"nothing is prepared in {store.uri(datasets.PREFIX)} yet; `hjepa prepare-data` makes the first data set")
     if not found:
@@ -102,8 +107,8 @@ def show(options: argparse.Namespace) -> None:
             store.download(f"{item.key}/{sheet['key']}", options.contact_sheet, sha256=sheet["sha256"])
         except ObjectNotFoundError:
             raise HjepaError(
-                f"the contact sheet of {item.name} is missing from S3; `hjepa data verify {item.digest[:12]}` says "
-                "what else is"
+                f"the contact sheet of {item.name} is missing from S3; `hjepa data verify {datasets.short_name(item)}` "
+                "says what else is"
             ) from None
         say(f"{'contact sheet':<14} {options.contact_sheet}")
 
@@ -166,7 +171,7 @@ def verify(options: argparse.Namespace) -> None:
     if problems:
         raise HjepaError(
             "\n  ".join([f"{item.name} {item.digest[:12]} is damaged in {counted(len(problems), 'place')}:", *problems])
-            + f"\nRemove it with `hjepa data rm {item.digest[:12]} --yes`, and prepare it again"
+            + f"\nRemove it with `hjepa data rm {datasets.short_name(item)} --yes`, and prepare it again"
         )
     say(f"all of it is as it was prepared ({format_seconds(time.monotonic() - begun)})")
 
@@ -178,7 +183,7 @@ def rm(options: argparse.Namespace) -> None:
     # By its URI a data set can be removed whose manifest nobody can read.
     given = options.dataset
     key = datasets.folder_of(store, given) if given.startswith("s3://") else datasets.find(store, given).key
-    files = list(store.list(f"{key}/"))
+    files = datasets.contents(store, key)
     if not files:
         raise UserError(f"{store.uri(key)}: nothing is there; `hjepa data ls` lists what there is")
     what = f"{store.uri(key)}, {counted(len(files), 'file')}, {in_bytes(sum(file.size for file in files))}"

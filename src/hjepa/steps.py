@@ -53,6 +53,7 @@ from hjepa.config import (
 from hjepa.errors import FutileRetryError, HjepaError, PreemptedError, UserError
 from hjepa.files import file_sha256
 from hjepa.utils.logging import append_json_line, say, warn
+from hjepa.words import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -746,18 +747,19 @@ def prepare_data(*, resolved_path: str, dataset_path: str) -> None:
     run = Run.read(resolved_path)
     started, sent_before = time.monotonic(), run.store.bytes_sent
     source = _source(run)
-    # Recognised by its content, not by the run: files added since the last time make another data set.
+    # Recognised by its images, not by the run: files added since the last time make another data set.
     key = prepare.prepared_key(source, run.config.data)[:16]
-    known = _recipe(source, key)
-    try:
-        manifest = datasets.load(run.store, str(Path(run.store.get_json(known)["dataset"]).parent)).manifest
-        say("prepare_data: already done for these images, nothing to do")
-    except ObjectNotFoundError:
-        manifest = _prepare_and_upload(run, source, key)
-        # Written after the data set is complete: whoever finds the recipe finds all of it.
-        run.store.put_json(known, {"dataset": f"{run.store.key_of(manifest['uri'])}/dataset.json"})
-        for item in list(run.store.list(f"{_parts_folder(source, key)}/")):
-            run.store.delete(item.key)
+    manifest = _prepared_before(run, source, key)
+    if manifest is None:
+        try:
+            manifest = _prepare_and_upload(run, source, key)
+        except ObjectNotFoundError:
+            # Somebody who prepares the same images was faster, and has tidied up the parts of both.
+            manifest = _prepared_before(run, source, key)
+            if manifest is None:
+                raise
+    for item in list(run.store.list(f"{_parts_folder(source, key)}/")):
+        run.store.delete(item.key)
     manifest |= {
         "bytes_uploaded": run.store.bytes_sent - sent_before,
         "seconds": round(time.monotonic() - started, 1),
@@ -774,6 +776,31 @@ def prepare_data(*, resolved_path: str, dataset_path: str) -> None:
     )
 
 
+def _prepared_before(run: Run, source: Source, key: str) -> Json | None:
+    """The manifest of these images, if they are prepared, with what is said of this source.
+
+    Raises:
+        UserError: more of the source's files cannot be used than is allowed now.
+    """
+    from hjepa.data import prepare
+
+    found = datasets.by_recipe(run.store, _recipe(source, key))
+    if found is None:
+        return None
+    if absent := datasets.absent(run.store, found):
+        warn(
+            f"{run.store.uri(found.key)}: {counted(len(absent), 'file')} no longer whole, such as {absent[0]}; the set is "
+            "made anew"
+        )
+        return None
+    try:
+        prepare.check_quarantine(found.manifest, run.config.data, Path(prepare.REPORT))
+    except prepare.QuarantineError as error:
+        raise UserError(f"{error}\nThe report: {datasets.report_of(run.store, found)}") from None
+    say("prepare_data: already done for these images, nothing to do")
+    return found.manifest
+
+
 def _track_dataset(run: Run, manifest: Json) -> None:
     run.tracker.set_tags({"hjepa.dataset": manifest["name"], "hjepa.dataset_digest": manifest["digest"]})
     run.tracker.log_dataset(manifest["name"], manifest["digest"][:16], manifest["uri"], "training")
@@ -781,6 +808,8 @@ def _track_dataset(run: Run, manifest: Json) -> None:
 
 def _prepare_and_upload(run: Run, source: Source, key: str) -> Json:
     """Make the parts that are not in S3 yet, and put all of them together.
+
+    A data set that is there already, with the same images and labels from other files, stays as it is: runs use it.
 
     Args:
         key: Of the source and its recipe; a large source takes seconds to hash.
@@ -796,8 +825,13 @@ def _prepare_and_upload(run: Run, source: Source, key: str) -> Json:
             for kind, checksum in each.sidecars.items():
                 name = each.part.file(kind)
                 store.download(f"{base}/{name}", workdir / name, sha256=checksum)
+
+        def fetch(shard: StoredFile) -> Path:
+            store.download(f"{base}/{shard.origin}", shard.path, sha256=shard.sha256)
+            return shard.path
+
         try:
-            prepared = prepare.merge(source, config.data, workdir, made)
+            prepared = prepare.merge(source, config.data, workdir, made, fetch=fetch)
         except prepare.QuarantineError as error:
             # The report names the files to mend, so it must outlive this folder.
             stored = run.key(prepare.REPORT)
@@ -807,13 +841,27 @@ def _prepare_and_upload(run: Run, source: Source, key: str) -> Json:
             shutil.copyfile(error.report, kept)
             raise UserError(f"{error}\nThe report: {kept}, {store.uri(stored)}") from None
         folder = f"datasets/{source.name}/{prepared.manifest['digest'][:16]}"
-        for file in prepared.files:
-            if file.path.exists():
-                store.put_file(f"{folder}/{file.key}", file.path, sha256=file.sha256)
-            else:
-                store.copy(f"{base}/{file.origin}", f"{folder}/{file.key}", sha256=file.sha256)
         manifest: Json = {**prepared.manifest, "uri": store.uri(folder)}
-        datasets.put_manifest(store, folder, manifest)
+        own = {name: manifest[name] for name in datasets.OF_THE_SOURCE}
+        there = datasets.whole(store, folder)
+        if there is not None and any(there.manifest[name] != own[name] for name in own):
+            say(f"these images and labels are in {manifest['uri']} already, from other files; it stays as it is")
+            report = f"{_recipe(source, key).removesuffix('.json')}-{prepare.REPORT}"
+            store.put_file(report, workdir / prepare.REPORT, sha256=own["quarantine"]["sha256"])
+            own["quarantine"] = own["quarantine"] | {"report": store.uri(report)}
+            manifest = there.manifest | own
+        elif there is None:
+            store.delete(
+                f"{folder}/{datasets.MANIFEST}"
+            )  # of a set that is not whole; its files may be other ones soon
+            for file in prepared.files:
+                if file.path.exists():
+                    store.put_file(f"{folder}/{file.key}", file.path, sha256=file.sha256)
+                else:
+                    store.copy(f"{base}/{file.origin}", f"{folder}/{file.key}", sha256=file.sha256)
+            datasets.put_manifest(store, folder, manifest)
+    # Written after the data set is complete: whoever finds the recipe finds all of it.
+    store.put_json(_recipe(source, key), {"dataset": f"{folder}/{datasets.MANIFEST}", **own})
     return manifest
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hjepa.adapters.s3 import ObjectNotFoundError, S3Store
+from hjepa.adapters.s3 import ObjectInfo, ObjectNotFoundError, S3Store
 from hjepa.config import sha256_json
 from hjepa.data.shards import BLOCK, parse_index
 from hjepa.errors import HjepaError, UserError
@@ -20,9 +20,11 @@ PREFIX = "datasets/"
 TAR_INDEXES = "tar-indexes/"
 MANIFEST = "dataset.json"
 CHECKSUM = "sha256"  # in the manifest, of the rest of it
-NEEDED = {"name", "digest", "splits", "classes", "channels", "statistics", "quarantine", "source", "prepare"}
+NEEDED = {CHECKSUM, "name", "digest", "splits", "classes", "channels", "statistics", "quarantine", "source", "prepare"}
+OF_THE_SOURCE = ("source", "quarantine")  # what a manifest says of the files that the images came from
 PIECE = 8 << 20  # bytes read at a time
 SHORTEST_DIGEST = 4
+MOST_NAMES = 8  # in a message
 
 Json = dict[str, Any]
 
@@ -103,10 +105,49 @@ def load(store: S3Store, key: str) -> StoredDataset:
     if not isinstance(manifest, dict) or (missing := sorted(NEEDED - set(manifest))):
         lacks = f"it lacks {', '.join(missing)}" if isinstance(manifest, dict) else "it is no JSON object"
         raise DamagedManifestError(f"{place} is damaged, {lacks}. {remedy}")
-    expected = manifest.pop(CHECKSUM, None)  # those of earlier versions have none
-    if expected is not None and expected != sha256_json(manifest):
+    if manifest.pop(CHECKSUM) != sha256_json(manifest):
         raise DamagedManifestError(f"{place} is damaged, its content has another checksum than it says. {remedy}")
     return StoredDataset(key, manifest)
+
+
+def by_recipe(store: S3Store, recipe: str) -> StoredDataset | None:
+    """The data set that a source and its settings gave, with what was said of that source; None if there is none.
+
+    Args:
+        recipe: The object that leads to it; one that somebody has damaged leads nowhere.
+
+    Raises:
+        DamagedManifestError: as of ``load``.
+    """
+    try:
+        lead = json.loads(store.get_bytes(recipe))
+        found = load(store, str(lead["dataset"]).removesuffix(f"/{MANIFEST}"))
+    except (ObjectNotFoundError, ValueError, LookupError, TypeError):
+        return None
+    of_source = {name: lead[name] for name in OF_THE_SOURCE if isinstance(lead.get(name), dict)}
+    return StoredDataset(found.key, found.manifest | of_source)
+
+
+def absent(store: S3Store, dataset: StoredDataset) -> list[str]:
+    """The files of a data set that are not there in their full size, by one listing."""
+    sizes = {item.key: item.size for item in store.list(f"{dataset.key}/")}
+    own = [file for file in dataset.files() if "://" not in file["key"]]
+    return [file["key"] for file in own if sizes.get(f"{dataset.key}/{file['key']}") != file["bytes"]]
+
+
+def report_of(store: S3Store, dataset: StoredDataset) -> str:
+    """The URI of the quarantine report."""
+    report = str(dataset.manifest["quarantine"]["report"])
+    return report if "://" in report else store.uri(f"{dataset.key}/{report}")
+
+
+def whole(store: S3Store, key: str) -> StoredDataset | None:
+    """The data set in a folder, if each of its files is there."""
+    try:
+        found = load(store, key)
+    except (ObjectNotFoundError, DamagedManifestError):
+        return None
+    return None if absent(store, found) else found
 
 
 def stored(store: S3Store) -> tuple[list[StoredDataset], list[DamagedManifestError]]:
@@ -125,7 +166,7 @@ def stored(store: S3Store) -> tuple[list[StoredDataset], list[DamagedManifestErr
 
 
 def find(store: S3Store, wanted: str) -> StoredDataset:
-    """The data set of that name, beginning of its digest, or URI.
+    """The data set of that name, beginning of its digest, NAME/DIGEST of both, or URI.
 
     Raises:
         UserError: there is none, or more than one.
@@ -137,34 +178,61 @@ def find(store: S3Store, wanted: str) -> StoredDataset:
         except ObjectNotFoundError:
             raise UserError(f"{wanted}: no {MANIFEST} there; `hjepa data ls` lists what there is") from None
     everything, damaged = stored(store)
+    name, _, digest = wanted.rpartition("/")
     found = [item for item in everything if item.name == wanted]
-    if not found and re.fullmatch(rf"[0-9a-f]{{{SHORTEST_DIGEST},64}}", wanted):
-        found = [item for item in everything if item.digest.startswith(wanted)]
+    if not found and re.fullmatch(rf"[0-9a-f]{{{SHORTEST_DIGEST},64}}", digest):
+        found = [item for item in everything if item.digest.startswith(digest) and name in ("", item.name)]
     if len(found) == 1:
         return found[0]
     if found:
-        which = ", ".join(item.digest[:12] for item in found)
-        raise UserError(f"there are {len(found)} data sets called {wanted}: name one by its digest: {which}")
+        which = ", ".join(short_name(item) for item in found)
+        raise UserError(f"there are {len(found)} data sets called {wanted}: name one of {which}")
     whole = "no whole data set" if damaged else "no data set"
-    known = ", ".join(f"{item.name} ({item.digest[:12]})" for item in everything) or "none yet"
+    known = ", ".join(short_name(item) for item in everything[:MOST_NAMES]) or "none yet"
+    if len(everything) > MOST_NAMES:
+        known += f" and {len(everything) - MOST_NAMES} more, see `hjepa data ls`"
     raise UserError("\n  ".join([f"{whole} {wanted!r} in {store.uri(PREFIX)}; there is {known}", *map(str, damaged)]))
 
 
+def short_name(dataset: StoredDataset) -> str:
+    """By which ``find`` finds it and no other."""
+    return f"{dataset.name}/{dataset.digest[:12]}"
+
+
 def folder_of(store: S3Store, uri: str) -> str:
-    """The key of the folder of a data set that a URI names. Raises UserError if it is no such URI."""
+    """The key of the folder that a URI names: of a data set, or of the parts of an unfinished one.
+
+    Raises:
+        UserError: it is no such URI.
+    """
     key = store.key_of(uri.rstrip("/").removesuffix(f"/{MANIFEST}"))
-    if not re.fullmatch(rf"{PREFIX}[^/]+/[0-9a-f]{{16}}", key):
-        raise UserError(f"{uri}: expected {store.uri(PREFIX)}NAME/DIGEST, as `hjepa data ls` shows it")
+    own = re.fullmatch(rf"{PREFIX}[^/]+/(parts/)?[0-9a-f]{{16}}", key)
+    if not own and not (key.startswith(PREFIX) and store.head(f"{key}/{MANIFEST}")):  # somebody else's
+        raise UserError(f"{uri}: expected {store.uri(f'{PREFIX}NAME/DIGEST')}, as `hjepa data ls` shows it")
     return key
+
+
+def unfinished(store: S3Store) -> dict[str, list[ObjectInfo]]:
+    """The parts of data sets that are being prepared, or were until somebody stopped that, by their folder."""
+    found: dict[str, list[ObjectInfo]] = {}
+    for item in store.list(PREFIX):
+        if match := re.match(rf"{PREFIX}[^/]+/parts/[0-9a-f]{{16}}(?=/)", item.key):
+            found.setdefault(match[0], []).append(item)
+    return found
 
 
 def remove(store: S3Store, key: str) -> None:
     """Delete the data set in a folder, what leads to it first, so that nobody finds a half of it."""
-    files = [item.key for item in store.list(f"{key}/")]
-    recipes = [item.key for item in store.list(f"{key.rpartition('/')[0]}/recipes/")]
-    leading = [recipe for recipe in recipes if store.get_json(recipe)["dataset"] == f"{key}/{MANIFEST}"]
+    files = [item.key for item in contents(store, key)]
+    recipes = [item.key for item in store.list(f"{key.rpartition('/')[0]}/recipes/") if item.key.endswith(".json")]
+    leading = [recipe for recipe in recipes if f'"{key}/{MANIFEST}"'.encode() in store.get_bytes(recipe)]
     for each in [*leading, *sorted(files, key=lambda file: not file.endswith(f"/{MANIFEST}"))]:
         store.delete(each)
+
+
+def contents(store: S3Store, key: str) -> list[ObjectInfo]:
+    """The files of a data set or of parts, which lie in their folder and in none below it."""
+    return [item for item in store.list(f"{key}/") if "/" not in item.key.removeprefix(f"{key}/")]
 
 
 def verify(store: S3Store, dataset: StoredDataset, progress: Callable[[int, int], None]) -> list[str]:

@@ -37,7 +37,7 @@ from hjepa.data.duplicates import Duplicates, Fingerprints, find, perceptual_has
 from hjepa.data.images import DECODE_ERRORS, Pixels, RejectedError, decode, row_bands
 from hjepa.data.parts import INDEX, PRINTS, SIDECARS, Part, PartResult, Thumbnail, parts_of, read_prints
 from hjepa.data.parts import REPORT as PARTS_REPORT
-from hjepa.data.shards import Index, ShardWriter, StoredFile, encode_index, read_index
+from hjepa.data.shards import Index, ShardWriter, StoredFile, copy_samples, encode_index, read_index
 from hjepa.data.sources import MIN_TRAIN_IMAGES, Source, Split, require_train_images
 from hjepa.data.workers import begin
 from hjepa.errors import HjepaError, UserError
@@ -51,6 +51,9 @@ REPORT_SECONDS = 1.0
 SCRATCH_NAME = re.compile(r"prepare-(?P<pid>\d+)-(?P<started>\d+)-(?P<host>.+)-[^-]+")
 SPOOLED_BYTES = 1_000_000  # an encoded image that is larger waits for its turn on the disk
 CLOCK_TOLERANCE_SECONDS = 5.0  # start times are read off a clock that may have been set in between
+
+
+FetchShard = Callable[[StoredFile], Path]
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,7 @@ def prepare(
     """
     wanted = parts_of(source, data.part_images)
     made = list(prepare_parts(source, data, workdir, wanted, workers=workers, progress=progress))
-    prepared = merge(source, data, workdir, made)
+    prepared = merge(source, data, workdir, made, fetch=lambda shard: shard.path)
     files = [file._replace(path=workdir / file.key) for file in prepared.files]
     for before, file in zip(prepared.files, files, strict=True):
         before.path.rename(file.path)
@@ -243,6 +246,7 @@ class _Sample(NamedTuple):
 
 
 class _Refused(NamedTuple):
+    number: int  # in the split of the source
     name: str
     reason: str
     detail: str
@@ -387,7 +391,7 @@ def _work(split_name: str, start: int, stop: int) -> list[_Sample | _Refused]:
         try:
             results.append(_sample(split, i, shown=split_name == "train" and i in _task.shown))
         except RejectedError as error:
-            results.append(_Refused(split.name(i), error.reason, error.detail))
+            results.append(_Refused(i, split.name(i), error.reason, error.detail))
     return results
 
 
@@ -477,11 +481,11 @@ class _Split:
         self.examples = [text for part in self.parts for text in part.examples][:3]
         self.shapes = {shape for part in self.parts for shape in part.shapes}
         self.sums = np.sum([part.sums for part in self.parts], axis=0)
+        self._files = [shard for part in self.parts for shard in part.shards]
 
     def shards(self) -> list[StoredFile]:
         """Under the names that they get in the data set, which counts them through."""
-        files = [shard for part in self.parts for shard in part.shards]
-        return [shard._replace(key=f"{self.name}-{number:06d}.tar") for number, shard in enumerate(files)]
+        return [shard._replace(key=f"{self.name}-{number:06d}.tar") for number, shard in enumerate(self._files)]
 
     def index(self, workdir: Path) -> Index:
         records, before = [], 0
@@ -492,13 +496,40 @@ class _Split:
             records.append(found)
         return np.concatenate(records)
 
+    def without(self, gone: NDArray[np.bool_], index: Index, workdir: Path, fetch: FetchShard) -> Index:
+        """The index without some samples, whose shards are written anew: whoever reads them gets no more either."""
+        files: list[StoredFile] = []
+        records: list[Index] = []
+        for number, shard in enumerate(self._files):
+            here = index["shard"] == number
+            found, keep = index[here].copy(), ~gone[here]
+            if not keep.any():
+                continue
+            if not keep.all():
+                path = fetch(shard)
+                shard, found = copy_samples(path, found, keep, workdir / f"kept-{shard.origin}")
+                path.unlink()
+            found["shard"] = len(files)
+            files.append(shard)
+            records.append(found)
+        self._files = files
+        return np.concatenate(records)
 
-def merge(source: Source, data: DataConfig, workdir: Path, made: Sequence[PartResult]) -> Prepared:
+    def numbers(self, refused: Iterable[int]) -> NDArray[np.int64]:
+        """(N,) of the samples in the split of the source, which also name them in the shards."""
+        stop = max(part.part.stop for part in self.parts)
+        return np.setdiff1d(np.arange(stop), np.fromiter(refused, dtype=np.int64))
+
+
+def merge(
+    source: Source, data: DataConfig, workdir: Path, made: Sequence[PartResult], *, fetch: FetchShard
+) -> Prepared:
     """Put all parts of a source together into one data set.
 
     Args:
         workdir: Has the parts' ``SIDECARS``, and gets the files of the data set; shards may be elsewhere.
         made: Every part of ``parts_of``.
+        fetch: Gives a copy of a shard, which is removed; asked for those that hold images to be taken out.
 
     Returns:
         The manifest and its files; the shards under the names of their parts, to be renamed or copied.
@@ -537,18 +568,24 @@ def merge(source: Source, data: DataConfig, workdir: Path, made: Sequence[PartRe
     manifest: dict[str, Any] = {}
     if data.find_duplicates:
         found = _duplicates(splits, indexes, workdir)
-        manifest["duplicates"] = _duplicates_section(found, splits, workdir, data, files)
+        manifest["duplicates"] = _duplicates_section(found, _named(found, splits, source, report), workdir, data, files)
         notes += _notes_of_duplicates(found, data)
         if data.remove_leaks and found.leaking.any():
-            # Their bytes stay in the shards; training reads what the index names.
-            indexes["train"] = indexes["train"][~found.leaking]
+            left = int((~found.leaking).sum())
+            require_train_images(left, f"{source.detail}, without the images that the test split has")
+            before = set(indexes["train"]["label"].tolist())
+            indexes["train"] = train.without(found.leaking, indexes["train"], workdir, fetch)
             content["removed"] = hashlib.sha256(np.packbits(found.leaking).tobytes()).hexdigest()
-            require_train_images(len(indexes["train"]), f"{source.detail}, without the images that the test split has")
+            if emptied := sorted(before - set(indexes["train"]["label"].tolist())):
+                lost = ", ".join(f"{classes[label]!a}" for label in emptied[:5])
+                notes.append(f"{len(emptied)} of the classes lost all of their training images by that: {lost}")
     sheet = contact_sheet.draw([t for part in train.parts for t in part.thumbnails], classes)
     files.append(_write(workdir / SHEET, sheet))
     files.append(_stored(report, quarantined))
     for split in splits:
-        files.append(_write(workdir / f"{split.name}.index", encode_index(indexes[split.name]), split.samples))
+        files.append(
+            _write(workdir / f"{split.name}.index", encode_index(indexes[split.name]), len(indexes[split.name]))
+        )
     by_key = {file.key: file for file in files}
     manifest = {
         "schema": 1,
@@ -596,12 +633,30 @@ def _duplicates(splits: Sequence[_Split], indexes: Mapping[str, Index], workdir:
     return find(prints)
 
 
+def _named(found: Duplicates, splits: Sequence[_Split], source: Source, report: Path) -> list[dict[str, Any]]:
+    """The pairs by their names in the source, and the numbers that name them in the shards."""
+    refused: dict[str, list[int]] = {split.name: [] for split in splits}
+    with report.open(encoding="ascii") as lines:
+        for line in map(json.loads, lines):
+            refused.setdefault(line["split"], []).append(line["number"])
+    numbers = {split.name: split.numbers(refused[split.name]) for split in splits}
+    named = []
+    for twin in found.examples:
+        one, other = (
+            (int(numbers[split][number]), source.splits[split])
+            for split, number in ((twin.split, twin.number), (twin.other_split, twin.other_number))
+        )
+        line = twin._replace(number=one[0], other_number=other[0])._asdict()
+        named.append(line | {"name": one[1].name(one[0]), "other_name": other[1].name(other[0])})
+    return named
+
+
 def _duplicates_section(
-    found: Duplicates, splits: Sequence[_Split], workdir: Path, data: DataConfig, files: list[StoredFile]
+    found: Duplicates, named: Sequence[dict[str, Any]], workdir: Path, data: DataConfig, files: list[StoredFile]
 ) -> dict[str, Any]:
-    """Of the manifest; the pairs themselves are in a file of their own, by their numbers in the shards."""
-    lines = "".join(json.dumps(twin._asdict()) + "\n" for twin in found.examples)
-    files.append(_write(workdir / DUPLICATES, lines.encode(), len(found.examples)))
+    """Of the manifest; the pairs themselves are in a file of their own."""
+    lines = "".join(json.dumps(line) + "\n" for line in named)
+    files.append(_write(workdir / DUPLICATES, lines.encode(), len(named)))
     removed = int(found.leaking.sum()) if data.remove_leaks else 0
     return {**found.to_json(), "removed_from_train": removed, "report": DUPLICATES, **_facts(files[-1])}
 

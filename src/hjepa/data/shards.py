@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from hjepa.errors import HjepaError
 
 BLOCK = 512  # tar's unit
+END_BYTES = 2 * BLOCK  # of zeros, tar's end mark
 INDEX_DTYPE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("length", "<u4"), ("label", "<i4"), ("crc32", "<u4")])
 INDEX_HEADER = struct.Struct("<8sIIQ")  # magic, version, bytes per record, records
 INDEX_MAGIC = b"HJEPAIDX"
@@ -106,6 +107,28 @@ class ShardWriter:
             self.on_shard(self.shards[-1])
 
 
+def copy_samples(source: Path, records: Index, keep: NDArray[np.bool_], target: Path) -> tuple[StoredFile, Index]:
+    """Write a shard anew with some of its samples, each of the same bytes as before.
+
+    Args:
+        records: (N,) the index of all samples in the shard, in order.
+        keep: (N,) at least one.
+
+    Returns:
+        The new shard, and the index of its samples.
+    """
+    ends = [*(records["offset"][1:] - BLOCK).tolist(), source.stat().st_size - END_BYTES]
+    kept, shard = records[keep].copy(), _OpenShard(target)
+    with source.open("rb") as file:
+        for place, number in enumerate(np.flatnonzero(keep).tolist()):
+            start = int(records["offset"][number]) - BLOCK
+            kept["offset"][place] = shard.size + BLOCK
+            file.seek(start)
+            shard.write(file.read(ends[number] - start))
+            shard.samples += 1
+    return shard.close(), kept
+
+
 class _OpenShard:
     def __init__(self, path: Path):
         self.path, self.file, self.size, self.samples = path, path.open("wb"), 0, 0
@@ -117,7 +140,7 @@ class _OpenShard:
         self.size += len(data)
 
     def close(self) -> StoredFile:
-        self.write(bytes(2 * BLOCK))  # tar's end mark
+        self.write(bytes(END_BYTES))
         self.file.close()
         return StoredFile(self.path.name, self.path, self.size, self._hasher.hexdigest(), self.samples)
 

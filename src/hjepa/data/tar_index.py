@@ -14,6 +14,7 @@ ZEROS = bytes(BLOCK)
 TAIL = 20 * BLOCK  # to which tar fills its files up with zeros
 REGULAR = b"0\x007"  # 7 was meant for contiguous files
 MAX_EXTENSION_BYTES = 1 << 20  # of a long name or a pax record; a larger one is damage
+NO_END_MARK = "it ends without an end mark"
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 ReadRange = Callable[[int, int], bytes]
@@ -77,7 +78,7 @@ def members(read: ReadRange) -> Iterator[Member]:
                 raise TarDamagedError(f"something follows its end mark at byte {position}, as in joined tar files")
             return
         if len(header) < BLOCK:
-            raise TarDamagedError(f"it ends without an end mark after {position + len(header)} bytes")
+            raise TarDamagedError(f"{NO_END_MARK} after {position + len(header)} bytes")
         if not _checks(header):
             raise TarDamagedError(f"no member starts at byte {position}")
         kind = header[156:157]

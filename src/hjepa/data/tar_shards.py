@@ -32,7 +32,7 @@ from hjepa.data.images import RejectedError
 from hjepa.data.labelled import NONE, PART_WORDS, TRAIN, MakeSplit, Samples, build_source
 from hjepa.data.plausibility import check_samples
 from hjepa.data.sources import Payload, Source, Split, slug
-from hjepa.data.tar_index import CompressedTarError, TarDamagedError, Window, members
+from hjepa.data.tar_index import NO_END_MARK, CompressedTarError, TarDamagedError, Window, members
 from hjepa.errors import UserError
 
 LOCAL_WINDOW = 16_384  # bytes: some small members, or the end of a large one and the next header
@@ -42,7 +42,7 @@ CHECKED_BYTES = 1_000_000_000  # a larger set is only sampled before prepare_dat
 CHECKED_SHARDS = 4
 MAX_LABEL_BYTES = 1 << 16
 MAX_EXPANSIONS = 100_000
-MAX_DAMAGE_NOTES = 5
+MAX_DAMAGED = 20  # in a message
 MANIFEST = "dataset.json"
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 INDEX = "tar-index-1"  # in the names of findings; another number means that scans find something else
@@ -136,7 +136,13 @@ def _open(files: Files, shards: list[str], title: str, data: DataConfig, finding
     own = _own_manifest(files, shards)
     if own is not None:
         shards = own.shards
-    samples, found, notes = _joined(shards, _scan_all(files, shards, data, where, findings))
+    samples, found, notes, damaged = _joined(shards, _scan_all(files, shards, data, where, findings))
+    _require_few_damaged(damaged, shards, len(samples.names), data, where)
+    if data.label_column and not samples.values:
+        raise UserError(
+            f"{where}: no sample has a .json with the field {data.label_column!r} (data.label_column). Correct it, or "
+            "set it to an empty text to use the images without labels."
+        )
     if not len(samples.names):
         raise UserError(
             f"{where}: no image in {len(shards)} tar files (looked for members named {' '.join(SUFFIXES)})"
@@ -417,10 +423,12 @@ def _label(content: bytes, suffix: str, field: str) -> str | None:
     return text or None
 
 
-def _joined(shards: Sequence[str], scans: Iterable[_Scan]) -> tuple[Samples, _Found, list[str]]:
+def _joined(shards: Sequence[str], scans: Iterable[_Scan]) -> tuple[Samples, _Found, list[str], list[str]]:
+    """The samples, where they are, notes, and what is damaged."""
     samples, found = Samples(), _Found(array("i"), array("Q"), array("Q"))
     counts: Counter[str] = Counter()
     damaged: list[str] = []
+    unended: list[str] = []
     for number, (shard, scan) in enumerate(zip(shards, scans, strict=True)):
         part = _part(shard)
         for key, label in zip(scan.keys, scan.labels, strict=True):
@@ -430,8 +438,28 @@ def _joined(shards: Sequence[str], scans: Iterable[_Scan]) -> tuple[Samples, _Fo
         found.sizes.extend(scan.sizes)
         counts.update(scan.notes)
         if scan.damage:
-            damaged.append(f"{shard} is damaged: {scan.damage}; the {len(scan.keys)} images before are used")
+            told = f"{shard} is damaged: {scan.damage}; the {len(scan.keys)} images before are used"
+            # Some programs write no end mark, so that on its own it is no sign of a loss.
+            (unended if scan.damage.startswith(NO_END_MARK) and scan.keys else damaged).append(told)
     notes = [f"{count} {what}, and were left out" for what, count in counts.items() if count]
-    if len(damaged) > MAX_DAMAGE_NOTES:
-        damaged[MAX_DAMAGE_NOTES:] = [f"and {len(damaged) - MAX_DAMAGE_NOTES} more tar files are damaged"]
-    return samples, found, notes + damaged
+    return samples, found, [*notes, *damaged, *_shortened(unended)], damaged
+
+
+def _shortened(lines: list[str]) -> list[str]:
+    left = len(lines) - MAX_DAMAGED
+    return lines if left <= 0 else [*lines[:MAX_DAMAGED], f"... and {left} more"]
+
+
+def _require_few_damaged(damaged: list[str], shards: Sequence[str], images: int, data: DataConfig, where: str) -> None:
+    """
+    Raises:
+        UserError: if more of the tar files are damaged than ``data.quarantine_limit`` allows.
+    """
+    if len(damaged) <= data.quarantine_limit * len(shards):
+        return
+    shown = "\n  ".join(_shortened(damaged))
+    raise UserError(
+        f"{where}: {len(damaged)} of {len(shards)} tar files are damaged, and data.quarantine_limit allows a share of "
+        f"{data.quarantine_limit:g}. Fetch them again, or raise data.quarantine_limit to use the {images} images that "
+        f"can be found:\n  {shown}"
+    )
