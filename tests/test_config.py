@@ -233,6 +233,13 @@ def test_mistake__is_named(text: str, said: str) -> None:
         (["masking.target_aspect=[2, 1]"], ["masking.target_aspect"], "expected (low, high)"),
         (["masking.context_scale=[0.9, 1.1]"], ["masking.context_scale"], "above 1"),
         (["data.crop_scale=[0.9, 0.3]"], ["data.crop_scale"], "expected (low, high)"),
+        (
+            ["data.remove_leaks=true", "data.find_duplicates=false"],
+            ["data.remove_leaks", "data.find_duplicates"],
+            "set data.find_duplicates=true",
+        ),
+        (["data.root=' '"], ["data.root"], "an empty text"),
+        (["data.shard_mb=5001"], ["data.shard_mb"], "at most 5000"),
         (["masking.min_context=196"], ["masking.min_context"], "leave nothing to predict in a grid of 196"),
         (["storage.uri=hjepa"], ["storage.uri"], "expected s3://bucket"),
     ],

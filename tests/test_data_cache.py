@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import pytest
 from faulty_proxy import FaultyProxy, faulty_proxy
 
 from hjepa.adapters import s3
-from hjepa.adapters.s3 import S3Store
+from hjepa.adapters.s3 import ObjectNotFoundError, S3Store
 from hjepa.config import DataConfig
 from hjepa.data import cache as cache_module
 from hjepa.data.cache import FULL, LOCKS, BlockCache, Filled, ReadAhead, Remote, ShardStream
@@ -343,6 +344,35 @@ def test_folder__that_becomes_read_only_ends_with_words(prepared: Prepared, make
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     with pytest.raises(UserError, match=r"data\.cache_dir: .*Read-only"):
         read_all(stream, prepared)
+
+
+def test_folder__that_is_removed_while_a_block_is_on_its_way_is_made_again(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    cache = BlockCache(folder, limit_bytes=1000)
+
+    def fetch() -> bytes:
+        shutil.rmtree(folder)
+        return b"block"
+
+    assert cache.fill("name", 5, fetch) == Filled.KEPT
+    assert cache.read("name", 5, 0, 5) == b"block"
+
+
+def test_folder__that_cannot_be_written_is_still_read(make_disk: Callable[[str], Path]) -> None:
+    disk = make_disk("4m")
+    BlockCache(disk, limit_bytes=1000).fill("name", 5, lambda: b"block")
+    cache = BlockCache(disk, limit_bytes=1000)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    assert cache.has("name", 5)
+    assert cache.read("name", 5, 0, 5) == b"block"
+
+
+def test_fill__an_object_that_is_gone_is_no_fault_of_the_folder(tmp_path: Path) -> None:
+    def gone() -> bytes:
+        raise ObjectNotFoundError("there is no object k")
+
+    with pytest.raises(ObjectNotFoundError, match=r"^there is no object k$"):
+        BlockCache(tmp_path, limit_bytes=1000).fill("name", 5, gone)
 
 
 def test_disk__that_is_full_slows_down_and_harms_nothing(prepared: Prepared, small_disk: Path) -> None:

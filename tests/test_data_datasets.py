@@ -180,6 +180,19 @@ def test_folder__odd_names_links_and_pipes(tmp_path: Path) -> None:
     assert "a/self.jpg" in names  # to be reported as unreadable, not dropped
     assert len(names) == 22
     assert len(source.fingerprint()) == 64
+    said = "\n".join(source.notes)
+    assert "a/loop is the same folder as another one and was left out" in said
+    assert "pipes, sockets and devices left out: 1" in said
+
+
+def test_folder__what_is_left_out_is_told(tmp_path: Path) -> None:
+    names = [f"{part}/{name}" for part in ("train", "test") for name in classed("a", "b")]
+    data = tree(tmp_path, [*names, "test/loose.jpg", "train/.hidden.jpg"])
+    (tmp_path / "train" / "c").symlink_to("a")
+    said = "\n".join(open_source(data).notes)
+    assert "1 images in test/ lie beside its class folders and were left out" in said
+    assert "train/c is the same folder as another one and was left out" in said
+    assert "hidden files and folders left out: 1" in said
 
 
 def test_folder__fingerprint_follows_content(tmp_path: Path) -> None:

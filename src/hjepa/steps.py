@@ -789,8 +789,8 @@ def _prepared_before(run: Run, source: Source, key: str) -> Json | None:
         return None
     if absent := datasets.absent(run.store, found):
         warn(
-            f"{run.store.uri(found.key)}: {counted(len(absent), 'file')} no longer whole, such as {absent[0]}; the set is "
-            "made anew"
+            f"{run.store.uri(found.key)}: {counted(len(absent), 'file')} no longer whole, such as {absent[0]}; the "
+            "set is made anew"
         )
         return None
     try:

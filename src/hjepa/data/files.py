@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from hjepa.data.sources import file_state, files_below, name_keys
+from hjepa.data.sources import Skipped, file_state, files_below, name_keys
 from hjepa.errors import UserError
 
 S3 = "s3://"
@@ -67,8 +67,8 @@ class Files(Protocol):
     where: str  # the folder, as messages name it
     name: str  # its last part
 
-    def names(self, unreadable: list[str]) -> Iterator[str]:
-        """All but hidden files, in a fixed order; folders that cannot be listed go to ``unreadable``."""
+    def names(self, skipped: Skipped) -> Iterator[str]:
+        """All but hidden files, in a fixed order; ``skipped`` is told of the others."""
 
     def below(self, folder: str) -> Files:
         """The files of a sub-folder."""
@@ -100,8 +100,8 @@ class LocalFiles:
     def __init__(self, root: Path):
         self.root, self.where, self.name = root, str(root), root.absolute().name
 
-    def names(self, unreadable: list[str]) -> Iterator[str]:
-        return files_below(self.root, unreadable)
+    def names(self, skipped: Skipped) -> Iterator[str]:
+        return files_below(self.root, skipped)
 
     def below(self, folder: str) -> LocalFiles:
         return LocalFiles(self.root / folder)
@@ -161,9 +161,11 @@ class ObjectFiles:
         self.name = self.where.rpartition("/")[2]
         self._seen = {} if seen is None else seen
 
-    def names(self, unreadable: list[str]) -> Iterator[str]:
+    def names(self, skipped: Skipped) -> Iterator[str]:
         for name in self._list(""):
-            if not (name.startswith(".") or "/." in name):  # hidden
+            if name.startswith(".") or "/." in name:
+                skipped.hidden += 1
+            else:
                 yield name
 
     def _list(self, start: str) -> Iterator[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from hjepa.config import DataConfig
 from hjepa.data.files import Files, LocalFiles, OpenStore, open_folder
 from hjepa.data.plausibility import check_samples
-from hjepa.data.sources import Payload, Source, Split, hold_out, hold_out_note, scattered, slug
+from hjepa.data.sources import Payload, Skipped, Source, Split, hold_out, hold_out_note, scattered, slug
 from hjepa.errors import UserError
 
 SUFFIXES = (
@@ -69,9 +69,9 @@ def open_image_folder(data: DataConfig, open_store: OpenStore | None = None) -> 
     if data.root is None:
         raise UserError("data.name=image-folder needs data.root: the folder that holds the images.")
     root = open_folder(data.root, open_store, key="data.root", holds="the folder of images")
-    unreadable: list[str] = []
-    listing = _grouped(_without_cache(root, root.names(unreadable), data))
-    notes = [f"{path} cannot be listed and was left out" for path in unreadable]
+    skipped = Skipped()
+    listing = _grouped(_without_cache(root, root.names(skipped), data))
+    notes = skipped.notes()
     if listing.others:
         notes.append(f"{listing.others} files are not named like images and were left out")
     if not listing.names:
@@ -160,6 +160,8 @@ def _presplit(root: Files, listing: _Listing, data: DataConfig, notes: list[str]
             f"Expected a subset of {', '.join(map(ascii, classes))}."
         )
     test_names = [name for name in test.names if not classes or "/" in name]
+    if loose := len(test.names) - len(test_names):
+        notes.append(f"{loose} images in {test_folder}/ lie beside its class folders and were left out")
     test_labels = [classes.index(name.partition("/")[0]) for name in test_names] if classes else None
     return Source(
         name=slug(root.name),

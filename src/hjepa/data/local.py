@@ -24,7 +24,7 @@ from hjepa.data.prepare import REPORT, QuarantineError, check_quarantine, prepar
 from hjepa.data.sources import Source
 from hjepa.distributed import World
 from hjepa.errors import UserError
-from hjepa.files import sync
+from hjepa.files import file_sha256, sync
 
 Json = dict[str, Any]
 
@@ -146,13 +146,19 @@ def _folder(cache: Path, source: Source, data: DataConfig) -> Path:
 
 
 def _read(folder: Path) -> Json | None:
-    """The manifest of a set of which every file is there in its full length; each image has a checksum beside."""
+    """The manifest of a set of which every file is there in its full length, and the indexes as they were written.
+
+    The indexes have the checksum of each image, which is checked when that is read.
+    """
     try:
         manifest: Json = json.loads((folder / MANIFEST).read_text("utf-8"))
         if manifest["schema"] != SCHEMA:
             return None
         files = [file for split in manifest["splits"].values() for file in (*split["shards"], split["index"])]
         if any((folder / file["key"]).stat().st_size != file["bytes"] for file in files):
+            return None
+        indexes = [split["index"] for split in manifest["splits"].values()]
+        if any(file_sha256(folder / index["key"]) != index["sha256"] for index in indexes):
             return None
     except (OSError, ValueError, LookupError, TypeError):
         return None

@@ -8,7 +8,7 @@ import re
 import stat as stat_modes
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, overload
 
@@ -99,30 +99,49 @@ def require_train_images(usable: int, detail: str) -> None:
         )
 
 
-def files_below(root: Path, unreadable: list[str]) -> Iterator[str]:
-    """Relative names of the files below a folder, hidden ones left out, in a fixed order.
+@dataclass
+class Skipped:
+    """What a walk through a folder left out."""
 
-    Args:
-        unreadable: Takes the folders that could not be listed.
-    """
-    return _walk(root, "", unreadable, set())
+    unreadable: list[str] = field(default_factory=list)  # folders that cannot be listed
+    repeated: list[str] = field(default_factory=list)  # links to folders that are there already
+    hidden: int = 0
+    special: int = 0  # pipes, sockets and devices, where opening one may wait for ever
+
+    def notes(self) -> list[str]:
+        notes = [f"{path} cannot be listed and was left out" for path in self.unreadable]
+        notes += [f"{path} is the same folder as another one and was left out" for path in self.repeated[:5]]
+        if len(self.repeated) > 5:
+            notes.append(f"more links to such folders left out: {len(self.repeated) - 5}")
+        if self.hidden:
+            notes.append(f"hidden files and folders left out: {self.hidden}")
+        if self.special:
+            notes.append(f"pipes, sockets and devices left out: {self.special}")
+        return notes
 
 
-def _walk(root: Path, below: str, unreadable: list[str], seen: set[tuple[int, int]]) -> Iterator[str]:
+def files_below(root: Path, skipped: Skipped) -> Iterator[str]:
+    """Relative names of the files below a folder, hidden ones left out, in a fixed order."""
+    return _walk(root, "", skipped, set())
+
+
+def _walk(root: Path, below: str, skipped: Skipped, seen: set[tuple[int, int]]) -> Iterator[str]:
     """Each folder once, however it is linked."""
     folder = root / below
     try:
         stat = folder.stat()
         if (stat.st_dev, stat.st_ino) in seen:
+            skipped.repeated.append(below)
             return
         seen.add((stat.st_dev, stat.st_ino))
         with os.scandir(folder) as scan:
             entries = sorted(scan, key=lambda entry: entry.name)
     except OSError:
-        unreadable.append(str(folder))
+        skipped.unreadable.append(str(folder))
         return
     for entry in entries:
         if entry.name.startswith("."):
+            skipped.hidden += 1
             continue
         name = f"{below}/{entry.name}" if below else entry.name
         try:
@@ -131,9 +150,11 @@ def _walk(root: Path, below: str, unreadable: list[str], seen: set[tuple[int, in
             yield name  # a dangling or looping link: reading it will say so
             continue
         if stat_modes.S_ISDIR(mode):
-            yield from _walk(root, name, unreadable, seen)
-        elif stat_modes.S_ISREG(mode):  # opening a pipe would wait for ever
+            yield from _walk(root, name, skipped, seen)
+        elif stat_modes.S_ISREG(mode):
             yield name
+        else:
+            skipped.special += 1
 
 
 def file_state(path: Path) -> tuple[int, int]:

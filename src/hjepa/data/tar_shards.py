@@ -31,7 +31,7 @@ from hjepa.data.image_folder import SUFFIXES
 from hjepa.data.images import RejectedError
 from hjepa.data.labelled import NONE, PART_WORDS, TRAIN, MakeSplit, Samples, build_source
 from hjepa.data.plausibility import check_samples
-from hjepa.data.sources import Payload, Source, Split, slug
+from hjepa.data.sources import Payload, Skipped, Source, Split, slug
 from hjepa.data.tar_index import NO_END_MARK, CompressedTarError, TarDamagedError, Window, members
 from hjepa.errors import UserError
 
@@ -179,13 +179,13 @@ def _shards(data: DataConfig, open_store: OpenStore | None) -> tuple[Files, list
             raise UserError(f"{where}: there is no {missing[0]}{more} in {files.where}. Correct data.root.")
         return files, wanted, re.sub(r"[-_.]*[{].*", "", pattern).removesuffix(".tar")
     files = open_folder(data.root, open_store, key="data.root", holds="a folder of .tar files, or one of them")
-    unreadable: list[str] = []
-    names = list(files.names(unreadable))
+    skipped = Skipped()
+    names = list(files.names(skipped))
     packed = [name for name in names if name.lower().endswith(COMPRESSED_SUFFIXES)]
     if packed:
         raise UserError(_compressed(f"{where}: {packed[0]}", packed[0]))
-    if unreadable:
-        raise UserError(f"{where}: cannot list {unreadable[0]}. Grant read access to it.")
+    if skipped.unreadable:
+        raise UserError(f"{where}: cannot list {skipped.unreadable[0]}. Grant read access to it.")
     shards = sorted(name for name in names if name.lower().endswith(".tar"))
     if not shards:
         raise UserError(f"{where}: no .tar file in this folder or below it ({len(names)} other files).")

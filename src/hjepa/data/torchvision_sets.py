@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from hjepa.config import DataConfig
-from hjepa.data.sources import Payload, Source, file_state, files_below, hold_out, scattered
+from hjepa.data.sources import Payload, Skipped, Source, file_state, files_below, hold_out, scattered
 from hjepa.errors import UserError
 
 TRAIN_NAMES = ("train", "trainval", "train-standard")
@@ -185,7 +185,7 @@ def _scatter(positions: list[int]) -> list[int]:
 def _state_of_files(root: Path) -> str:
     """sha256 (hex) over names, sizes and times: the length of a set stays the same when its files are replaced."""
     hasher = hashlib.sha256()
-    for name in islice(files_below(root, []), FINGERPRINT_FILES):
+    for name in islice(files_below(root, Skipped()), FINGERPRINT_FILES):
         hasher.update(ascii((name, file_state(root / name))).encode())
     return hasher.hexdigest()
 
