@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hjepa.adapters.datasets import StoredDataset
     from hjepa.adapters.s3 import S3Store
 
-HELP = "The prepared data sets in S3: list, show, verify."
+HELP = "The prepared data sets in S3: list, show, verify, remove."
 MOST_CLASSES = 20
 REPORT_SECONDS = 2.0
 

@@ -85,7 +85,10 @@ def build_source(
             )
         unlabelled = (train | test) & (labels == NONE)
         if unlabelled.any():
-            notes.append(f"{int(unlabelled.sum())} images have no label among others that do, and were left out")
+            notes.append(
+                f"{int(unlabelled.sum())} images have no label among others that do, and were left out; an empty "
+                "data.label_column takes all of them, without labels"
+            )
             train, test = train & ~unlabelled, test & ~unlabelled
         numbers = np.full(len(names) + 1, NONE, dtype=np.int32)  # one more, for NONE
         numbers[classes] = np.arange(len(classes))
