@@ -23,7 +23,7 @@ def test_show__breaks_no_address_where_it_is_no_terminal() -> None:
     row = {"encoder": "trained", "level": "all", "knn_top1": 0.5}
     gains = {f"{part}/{name}": 0.01 for part in ("gain", "gain/mean") for name in ("knn_top1", "linear_top1")}
     summary = Summary(
-        dataset={"uri": f"{ADDRESS}data", "bytes_uploaded": 1000},
+        dataset={"uri": f"{ADDRESS}data", "bytes_uploaded": 1000, "quarantine": {"total": 6}},
         checkpoint={"uri": f"{ADDRESS}point.pth"},
         model={"uri": f"{ADDRESS}model"},
         evaluation={"split": {"train": 10, "test": 2}, "table": [row], "metrics": gains},
@@ -42,3 +42,4 @@ def test_show__breaks_no_address_where_it_is_no_terminal() -> None:
     named = [line for line in lines if line.startswith(("gain over random init, all", "model", "registered"))]
     assert {line.index(value) for line, value in zip(named, ("k-NN", "s3:", "model v"), strict=True)} == {29}
     assert " " * 29 + registration["reason"] in lines
+    assert any(line.endswith("(1,000 bytes uploaded, 6 files quarantined)") for line in lines)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from hjepa import sweep
 from hjepa.utils.logging import format_seconds
+from hjepa.words import counted
 
 Json = Mapping[str, Any]
 COLUMNS = {"knn_top1": "k-NN", "linear_top1": "linear probe", "rankme": "effective rank", "std": "std"}
@@ -117,7 +118,11 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
             knn, linear = (100 * metrics[f"{prefix}/{name}"] for name in ("knn_top1", "linear_top1"))
             name = f"gain over random init, {level}"
             facts.append((name, f"k-NN {knn:+.2f}, linear probe {linear:+.2f} points"))
-    facts.append(("data set", f"{dataset['uri']}  ({dataset['bytes_uploaded']:,} bytes uploaded)"))
+    refused = dataset["quarantine"]["total"]
+    told = f"{dataset['bytes_uploaded']:,} bytes uploaded" + (
+        f", {counted(refused, 'file')} quarantined" if refused else ""
+    )
+    facts.append(("data set", f"{dataset['uri']}  ({told})"))
     facts.append(("checkpoint", summary.checkpoint["uri"]))
     facts.append(("model", summary.model["uri"]))
     facts.append(("MLflow run", registration["mlflow_run_url"]))
