@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -190,3 +193,19 @@ def test_show__contact_sheet_that_is_gone(store: S3Store, dataset: StoredDataset
     store.delete(f"{dataset.key}/{dataset.manifest['contact_sheet']['key']}")
     with pytest.raises(HjepaError, match=r"is missing from S3; `hjepa data verify"):
         data(store, "show", "pets", "--contact-sheet", str(tmp_path / "sheet.png"))
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output__that_nobody_reads_ends_without_a_word(unbuffered: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "hjepa", "config"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (141, "")

@@ -32,6 +32,7 @@ from hjepa.words import print_line
 DESCRIPTION = "Self-supervised image pretraining with a hierarchical JEPA, from raw images to a registered encoder."
 INTERRUPTED = 130
 TERMINATED = 143
+NOBODY_READS = 141  # as a shell has it for SIGPIPE
 PIPELINES = ("pretrain", "pretrain-distributed", "pretrain-sweep", "prepare")
 SWEEP = PIPELINES[2]
 
@@ -44,13 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGHUP, _terminate)
     try:
         _check_run_uri(options)
-        return int(options.command(options) or 0)
-    except BrokenPipeError:
-        if not _nobody_reads():
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter fails to flush it at exit
-        return 0
+        code = int(options.command(options) or 0)
+        sys.stdout.flush()
+        return code
     except (HjepaError, OSError) as problem:
+        if isinstance(problem, BrokenPipeError) and _nobody_reads():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
+            return NOBODY_READS
         from hjepa.steps import as_hjepa_error, report_error
 
         error = as_hjepa_error(problem)
