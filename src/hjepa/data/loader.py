@@ -233,7 +233,7 @@ class Batch:
     epochs: NDArray[np.int64]  # (b,) the epoch that each of them belongs to
     global_samples: NDArray[np.int64]  # (B,) all ranks' samples, in rank order
     global_epochs: NDArray[np.int64]  # (B,) likewise
-    images: Tensor  # uint8 (b, C, S, S)
+    images: Tensor  # uint8 (b, C, S, S), as ``empty_views`` has them in memory
     masks: Any = None  # this rank's part of what the masking function made, with tensors where it had arrays
 
     def pin_memory(self) -> Batch:
@@ -487,7 +487,7 @@ def build_train_loader(
 @dataclass(frozen=True)
 class EvalBatch:
     start: int  # position of the first image in the split
-    images: Tensor  # uint8 (b, C, S, S)
+    images: Tensor  # uint8 (b, C, S, S), as ``empty_views`` has them in memory
     labels: NDArray[np.int64]  # (b,), -1: none
 
     def pin_memory(self) -> EvalBatch:
