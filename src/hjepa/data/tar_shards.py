@@ -122,13 +122,15 @@ def open_tar_shards(data: DataConfig, open_store: OpenStore | None = None, findi
 def check_tar_shards(data: DataConfig, open_store: OpenStore | None = None) -> list[str]:
     """Reads the headers of the shards, of a large set only those of a few, and some of the images."""
     files, shards, title = _shards(data, open_store)
-    notes: list[str] = []
     if sum(files.state(shard)[0] for shard in shards) > CHECKED_BYTES and len(shards) > CHECKED_SHARDS:
         candidates = [shard for shard in shards if _part(shard) == TRAIN] or shards
         some = [candidates[k * len(candidates) // CHECKED_SHARDS] for k in range(CHECKED_SHARDS)]
         notes = [f"looked at {CHECKED_SHARDS} of {len(shards)} tar files"]
         shards = list(dict.fromkeys(some))
-    return check_samples(_open(files, shards, title, data), data) + notes
+        # As few say nothing exact about the share of damaged ones: prepare_data counts them all.
+        some_damaged = data.model_copy(update={"quarantine_limit": max(data.quarantine_limit, 0.5)})
+        return check_samples(_open(files, shards, title, some_damaged), data) + notes
+    return check_samples(_open(files, shards, title, data), data)
 
 
 def _open(files: Files, shards: list[str], title: str, data: DataConfig, findings: Findings | None = None) -> Source:
